@@ -1,0 +1,122 @@
+"""The operators of the `gptoss` namespace: how one is declared, and the few that the plain model needs.
+
+Every operator has a schema, a reference in PyTorch (for a kernel op: the kernel's *twin*) and a shape function, so any
+graph can be traced without data, run on a CPU and compared. All are functional; the planner alone turns updates of a
+cache in place (see `OpInfo.updates`).
+
+Shape suffixes used throughout the project:
+    T tokens of a step · S sequences of a step · R rows with logits · H hidden · I intermediate · V vocabulary
+    Q query heads · K key/value heads · D head dim · E experts · A experts a token (top-k) · N output features
+    P page-table entries a sequence · B slots of a page · C = P·B keys that a sequence's table addresses
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("gptoss", "DEF")
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class OpInfo:
+    """What the compiler knows of one operator beside its schema.
+
+    reference: the maths in PyTorch. updates: output index -> argument name for outputs that are a new version of an
+    argument, which the planner may therefore overwrite in place.
+    """
+
+    name: str
+    reference: Function
+    updates: dict[int, str]
+    is_kernel: bool
+
+
+OPS: dict[str, OpInfo] = {}
+
+
+def op(schema: str, *, fake: Function, updates: dict[int, str] | None = None,
+       is_kernel: bool = False) -> Callable[[Function], Function]:
+    """Declare `gptoss::<schema>`; the decorated function is its reference.
+
+    `fake` takes the same arguments and returns empty tensors of the result's shapes and dtypes.
+    """
+
+    def declare(reference: Function) -> Function:
+        name = schema.split("(", 1)[0]
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, reference, "CPU")
+        torch.library.register_fake(f"gptoss::{name}", fake, lib=_LIBRARY)
+        OPS[name] = OpInfo(name, reference, updates or {}, is_kernel)
+        return reference
+
+    return declare
+
+
+def kernel_op(schema: str, *, fake: Function, updates: dict[int, str] | None = None) -> Callable[[Function], Function]:
+    """Declare an operator that a KernelSpec implements; the decorated function is the kernel's twin."""
+    return op(schema, fake=fake, updates=updates, is_kernel=True)
+
+
+def cache_rows(table_SP: Tensor, sequences_T: Tensor, positions_T: Tensor, page: int) -> tuple[Tensor, Tensor]:
+    """(page id, slot in the page) where each token's key and value live. A table is a ring: entry (pos // page) mod P."""
+    safe = positions_T.clamp(min=0)
+    pages = table_SP[sequences_T.long(), torch.remainder(safe // page, table_SP.shape[1]).long()]
+    return pages.long(), torch.remainder(safe, page).long()
+
+
+@op("kv_write(Tensor cache, Tensor k, Tensor v, Tensor table, Tensor sequences, Tensor positions) -> Tensor",
+    fake=lambda cache, *_: torch.empty_like(cache), updates={0: "cache"})
+def kv_write(cache: Tensor, k: Tensor, v: Tensor, table: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
+    """The cache with the step's keys and values stored.
+
+    cache [pages, 2, K, B, D] (index 1: 0 keys, 1 values), k and v [T, K, D], table [S, P] i32, sequences and positions
+    [T] i32. Page 0 belongs to nobody: rows with position -1 (padding) are written there.
+    """
+    pages, slots = cache_rows(table, sequences, positions, cache.shape[3])
+    pages = torch.where(positions >= 0, pages, 0)
+    rows = torch.stack((k, v), 1).to(cache.dtype)  # [T, 2, K, D]
+    by_slot = cache.permute(0, 3, 1, 2, 4)  # [pages, B, 2, K, D]
+    return by_slot.index_put((pages, slots), rows).permute(0, 2, 3, 1, 4)
+
+
+def _kv_read_fake(cache: Tensor, table: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+    _, _, heads, page, dim = cache.shape
+    shape = (sequences.shape[0], table.shape[1] * page, heads, dim)
+    return cache.new_empty(shape), cache.new_empty(shape)
+
+
+@op("kv_read(Tensor cache, Tensor table, Tensor sequences) -> (Tensor, Tensor)", fake=_kv_read_fake)
+def kv_read(cache: Tensor, table: Tensor, sequences: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [T, C, K, D] that each token's table addresses, in ring order: entry j holds a position p with
+    p = j (mod C), C = P * B."""
+    pages = table[sequences.long()].long()  # [T, P]
+    rows = cache[pages].permute(2, 0, 1, 4, 3, 5)  # [2, T, P, B, K, D]
+    both = rows.reshape(2, pages.shape[0], -1, cache.shape[2], cache.shape[4])
+    return both[0].contiguous(), both[1].contiguous()
+
+
+# e2m1: sign, two exponent bits, one mantissa bit (OCP Microscaling Formats v1.0, section 5.3.3)
+MXFP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@op("mxfp4_dequantize(Tensor blocks, Tensor scales, ScalarType dtype) -> Tensor",
+    fake=lambda blocks, scales, dtype: blocks.new_empty((*blocks.shape[:-2], blocks.shape[-2] * 32), dtype=dtype))
+def mxfp4_dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., G*32] values of MXFP4 blocks [..., G, 16] u8 (low nibble = even element) times 2^(scales-127), scales
+    [..., G] u8. Exact in bf16 and fp32."""
+    table = torch.tensor(MXFP4_VALUES, dtype=torch.float32, device=blocks.device)
+    nibbles = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)  # [..., G, 32]
+    factor = torch.exp2(scales.to(torch.float32) - 127.0)
+    return (table[nibbles.int()] * factor.unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+@op("all_reduce(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x))
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of x over the ranks, added in rank order. With one rank: x."""
+    return x.clone()

@@ -1,0 +1,96 @@
+"""What a kernel is to the compiler: a source, launch geometry, a PDL contract and the cost of one launch.
+
+The PyTorch twin of a kernel is the reference of its operator, declared with `dialect.kernel_op` in the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gptoss_compile.target import Target
+
+DType = Literal["bf16", "fp32", "i32", "u8"]
+BYTES: dict[str, int] = {"bf16": 2, "fp32": 4, "i32": 4, "u8": 1}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one operand; row-major and contiguous."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+
+    @property
+    def bytes(self) -> int:
+        size = BYTES[self.dtype]
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+Operand = TensorSpec | int | float | None
+
+
+@dataclass(frozen=True)
+class Pdl:
+    """A kernel's programmatic-dependent-launch contract.
+
+    preloads: operands that do not depend on the previous kernel and are read before `griddepcontrol.wait`.
+    trigger:  when the kernel lets its dependents start: `early` (first thing) or `after_wait`.
+    """
+
+    preloads: tuple[str, ...] = ()
+    trigger: Literal["early", "after_wait"] = "early"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One compilable kernel: everything its machine code depends on, hence the cache key's input.
+
+    Triton: `function` is the JIT function, `signature` its parameters in order (pointer types like `*bf16`, `i32`,
+    `constexpr`), `constexprs` the compile-time values. Shapes are constexprs, so pointers are the only launch arguments.
+    """
+
+    function: Any
+    signature: tuple[tuple[str, str], ...]
+    constexprs: tuple[tuple[str, Any], ...]
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a source.
+
+    args:      for each pointer parameter in order the operand it gets: an argument name of the op's schema, `out0`,
+               `out1`, ..., or `scratch0`, ...
+    scratch:   buffers only this launch uses. Those in `zeroed` must hold zeros at the first launch and are left zeroed.
+    moved / flops: bytes that must move through device memory and operations, for the time floor.
+    promises:  machine instructions the lint must find in the SASS, e.g. `HGMMA`.
+    """
+
+    source: Source
+    grid: tuple[int, int, int]
+    args: tuple[str, ...]
+    scratch: tuple[TensorSpec, ...] = ()
+    zeroed: tuple[int, ...] = ()
+    pdl: Pdl = field(default_factory=Pdl)
+    moved: int = 0
+    flops: int = 0
+    promises: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel of operator `op`.
+
+    supports(target, operands) says whether this kernel can run it; instantiate(target, operands) gives the launches in
+    order (one, as a rule). Operands are keyed by the schema's argument names.
+    """
+
+    name: str
+    op: str
+    supports: Callable[[Target, Mapping[str, Operand]], bool]
+    instantiate: Callable[[Target, Mapping[str, Operand]], tuple[Launch, ...]]
