@@ -120,3 +120,78 @@ def mxfp4_dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
 def all_reduce(x: Tensor) -> Tensor:
     """The sum of x over the ranks, added in rank order. With one rank: x."""
     return x.clone()
+
+
+# The canonical operators: idioms of the plain model under a name. A pass raises an operator wherever its reference, the
+# function below, appears in the traced graph; so these are written in the model's own words, and the passes behind
+# match one node where the model has ten.
+
+
+@op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", fake=lambda x, weight, eps: torch.empty_like(x))
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight in fp32, rounded to x's dtype. x [T, H], weight [H]."""
+    wide = x.to(torch.float32)
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (scaled * weight.to(torch.float32)).to(x.dtype)
+
+
+@op("rope(Tensor x, Tensor cos_sin) -> Tensor", fake=lambda x, cos_sin: torch.empty_like(x))
+def rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Half-split rotary embedding: (a, b) -> (a cos - b sin, b cos + a sin). x [T, N, D], cos_sin [T, 2, D/2] fp32."""
+    cos, sin = cos_sin[:, 0].unsqueeze(1), cos_sin[:, 1].unsqueeze(1)
+    first, second = x.to(torch.float32).chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def _route_fake(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
+@op("route(Tensor logits, int top_k) -> (Tensor, Tensor)", fake=_route_fake)
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The top_k experts a token and the softmax over their logits: (probs [T, A] fp32, ids [T, A] i32)."""
+    best, ids = torch.topk(logits.to(torch.float32), top_k, -1)
+    return torch.softmax(best, -1), ids.to(torch.int32)
+
+
+def _swiglu_fake(x: Tensor, alpha: float, limit: float) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@op("swiglu(Tensor x, float alpha, float limit) -> Tensor", fake=_swiglu_fake)
+def swiglu(x: Tensor, alpha: float, limit: float) -> Tensor:
+    """gate · sigmoid(alpha · gate) · (up + 1) over interleaved gate and up, clamped: gate <= limit, |up| <= limit."""
+    gate, up = x[..., ::2].clamp(max=limit), x[..., 1::2].clamp(min=-limit, max=limit)
+    return gate * torch.sigmoid(gate * alpha) * (up + 1)
+
+
+def _experts_linear_fake(x: Tensor, ids: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor) -> Tensor:
+    return x.new_empty((*ids.shape, bias.shape[1]), dtype=torch.float32)
+
+
+@op("experts_linear(Tensor x, Tensor ids, Tensor weight, Tensor? scales, Tensor bias) -> Tensor",
+    fake=_experts_linear_fake)
+def experts_linear(x: Tensor, ids: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor) -> Tensor:
+    """Each token through its chosen experts: y[t, a] = W[ids[t, a]] x[t, a] + b[ids[t, a]], fp32 [T, A, N].
+
+    x [T, A, inputs], or [T, 1, inputs] when every expert gets the same; weight: MXFP4 blocks [E, N, G, 16] with scales
+    [E, N, G], or a dense [E, N, inputs] with scales None.
+    """
+    dense = weight if scales is None else torch.ops.gptoss.mxfp4_dequantize(weight, scales, bias.dtype)
+    chosen, offset = dense[ids.long()], bias[ids.long()]
+    product = torch.einsum("tai,taoi->tao", x.expand(-1, ids.shape[1], -1).to(torch.float32),
+                           chosen.to(torch.float32))
+    return product + offset.to(torch.float32)
+
+
+def _allreduce_fake(partial: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(residual), torch.empty_like(residual)
+
+
+@op("allreduce_add_rms_norm(Tensor partial, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    fake=_allreduce_fake)
+def allreduce_add_rms_norm(partial: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(residual + sum of partial over the ranks, its RMSNorm): the exchange between a producer and the next norm."""
+    total = residual + torch.ops.gptoss.all_reduce(partial)
+    return total, torch.ops.gptoss.rms_norm(total, weight, eps)

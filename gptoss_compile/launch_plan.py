@@ -1,0 +1,124 @@
+"""The launch plan: what the compiler hands to the runtime for one bucket. Standard library only, shared by both sides.
+
+A plan is a list of steps over memory whose places are fixed: an arena of intermediates, weights, caches and inputs. A
+step names its operator and operands (enough for the interpreter, which runs the kernels' twins) and its launches
+(enough for a GPU executor, which knows nothing of operators). JSON, readable, no code in it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+ALIGNMENT = 256  # bytes; every buffer of the arena starts at a multiple
+
+
+@dataclass(frozen=True)
+class Weight:
+    """How a weight of the artifact is made from the checkpoint's logical tensors.
+
+    parts: logical names concatenated along axis 0; or, for a constant of the architecture, its `values`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    parts: tuple[str, ...] = ()
+    values: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value != ()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Weight:
+        return cls(data["name"], data["dtype"], tuple(data["shape"]), tuple(data.get("parts", ())),
+                   tuple(data.get("values", ())))
+
+
+Place = Literal["arena", "input", "weight", "cache"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of a step: where it lives and its shape. `key` is the byte offset in the arena, or a name."""
+
+    place: Place
+    key: int | str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Value = Operand | int | float | None
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """One kernel launch. args: for each pointer an operand name of the step, `outN`, or `scratchN`.
+
+    scratch: arena offsets; zeroed: offsets in the persistent workspace that start as zeros and are left zeroed.
+    """
+
+    binary: str
+    grid: tuple[int, int, int]
+    args: tuple[str, ...]
+    scratch: tuple[Operand, ...]
+    pdl: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    op: str
+    kernel: str
+    operands: dict[str, Value]
+    outputs: tuple[Operand, ...]
+    launches: tuple[KernelLaunch, ...]
+    frees: tuple[tuple[int, int], ...]  # arena ranges [offset, end) dead after this step
+    moved: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    bucket: str
+    target: str
+    dtype: str
+    rank: int
+    ranks: int
+    arena_bytes: int
+    workspace_bytes: int
+    inputs: tuple[Operand, ...]
+    caches: tuple[Operand, ...]
+    weights: tuple[Weight, ...]
+    steps: tuple[Step, ...]
+    logits: Operand
+
+    def dumps(self) -> str:
+        """Indented JSON with one step's parts to a line, the same bytes for equal plans."""
+        return json.dumps(_encode(self), indent=1) + "\n"
+
+    @classmethod
+    def loads(cls, text: str) -> LaunchPlan:
+        data = json.loads(text)
+        return cls(
+            data["bucket"], data["target"], data["dtype"], data["rank"], data["ranks"], data["arena_bytes"],
+            data["workspace_bytes"], tuple(map(_operand, data["inputs"])), tuple(map(_operand, data["caches"])),
+            tuple(map(Weight.from_json, data["weights"])), tuple(map(_step, data["steps"])), _operand(data["logits"]))
+
+
+def _encode(plan: LaunchPlan) -> dict[str, Any]:
+    data = asdict(plan)
+    data["weights"] = [w.to_json() for w in plan.weights]
+    return data
+
+
+def _operand(data: dict[str, Any]) -> Operand:
+    return Operand(data["place"], data["key"], data["dtype"], tuple(data["shape"]))
+
+
+def _step(data: dict[str, Any]) -> Step:
+    operands = {k: _operand(v) if isinstance(v, dict) else v for k, v in data["operands"].items()}
+    launches = tuple(KernelLaunch(x["binary"], tuple(x["grid"]), tuple(x["args"]), tuple(map(_operand, x["scratch"])),
+                                  x["pdl"]) for x in data["launches"])
+    return Step(data["op"], data["kernel"], operands, tuple(map(_operand, data["outputs"])), launches,
+                tuple((a, b) for a, b in data["frees"]), data["moved"], data["flops"])

@@ -1,0 +1,132 @@
+"""The compiler on one page: the list of passes, and how it is run, checked and bisected.
+
+    python -m gptoss_compile.pipeline bisect [MODEL] --target T [--bucket NAME]
+
+finds the first pass, and within it the first match, that changes a graph's results beyond the pass's exactness.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from gptoss_compile.kernels import registry  # noqa: F401  declares the kernel operators
+from gptoss_compile.passes.base import Context, Pass, PassResult
+from gptoss_compile.passes.canonicalize import CANONICALIZE
+from gptoss_compile.passes.fuse_allreduce_rms_norm import FUSE_ALLREDUCE_RMS_NORM
+from gptoss_compile.passes.fuse_norm_linear import FUSE_NORM_LINEAR
+from gptoss_compile.passes.fuse_pad_quant import FUSE_PAD_QUANT
+from gptoss_compile.passes.fuse_residual import FUSE_RESIDUAL
+from gptoss_compile.passes.fuse_rope_kv import FUSE_ROPE_KV
+from gptoss_compile.passes.lower_attention_sinks import LOWER_ATTENTION_SINKS
+from gptoss_compile.passes.lower_ends import LOWER_EMBEDDING, LOWER_HEAD
+from gptoss_compile.passes.lower_moe import LOWER_MOE
+from gptoss_compile.passes.lower_router import LOWER_ROUTER
+from gptoss_compile.passes.merge_qkv import MERGE_QKV
+from gptoss_compile.passes.place_pdl import PLACE_PDL
+from gptoss_compile.passes.raise_attention_sinks import RAISE_ATTENTION_SINKS
+from gptoss_compile.passes.raise_experts import RAISE_EXPERTS
+from gptoss_compile.passes.raise_rms_norm import RAISE_RMS_NORM
+from gptoss_compile.passes.raise_rope import RAISE_ROPE, RAISE_ROPE_TABLE
+from gptoss_compile.passes.raise_router import RAISE_ROUTER
+from gptoss_compile.passes.raise_swiglu import RAISE_SWIGLU
+from gptoss_compile.passes.select_kernels import SELECT_KERNELS
+
+PASSES: tuple[Pass, ...] = (
+    CANONICALIZE,
+    # raise: idioms of plain tensor code to one operator each
+    RAISE_ROPE_TABLE,
+    RAISE_RMS_NORM,
+    RAISE_ROPE,
+    RAISE_ROUTER,
+    RAISE_SWIGLU,
+    RAISE_ATTENTION_SINKS,
+    RAISE_EXPERTS,
+    # fuse and lower: operators to kernels, six a decode layer
+    FUSE_ALLREDUCE_RMS_NORM,
+    MERGE_QKV,
+    FUSE_ROPE_KV,
+    LOWER_EMBEDDING,
+    FUSE_NORM_LINEAR,
+    LOWER_ATTENTION_SINKS,
+    FUSE_RESIDUAL,
+    LOWER_ROUTER,
+    LOWER_MOE,
+    FUSE_PAD_QUANT,
+    LOWER_HEAD,
+    # choose kernels and say how they are launched
+    SELECT_KERNELS,
+    PLACE_PDL,
+)
+
+
+class PassError(RuntimeError):
+    """A pass matched another number of times than the model must give; the message shows the near misses."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one pass did to one graph."""
+
+    name: str
+    matches: int
+    expected: int | None
+    exactness: str
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """skip: passes left out; limit: at most N rewrites of a pass. Counts are not enforced for passes named in either."""
+
+    skip: frozenset[str] = frozenset()
+    limit: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = (self.skip | set(self.limit)) - {p.name for p in PASSES}
+        if unknown:
+            known = ", ".join(p.name for p in PASSES)
+            raise ValueError(f"no pass is called {', '.join(sorted(unknown))}; the passes are: {known}")
+
+
+Observer = Callable[[str, fx.Graph], None]
+
+
+def run_passes(module: fx.GraphModule, ctx: Context, *, options: Options | None = None,
+               passes: Sequence[Pass] = PASSES, observe: Iterable[Observer] = ()) -> list[Record]:
+    """Run the passes in order on the traced graph, in place. Observers see the graph as traced and after each pass.
+
+    Raises PassError where a count is not the declared one.
+    """
+    options = options or Options()
+    watchers, records, graph = list(observe), [], module.graph
+    for watch in watchers:
+        watch("trace", graph)
+    for each in passes:
+        if each.name in options.skip:
+            continue
+        limit, before, start = options.limit.get(each.name), len(graph.nodes), time.perf_counter()
+        result = each.run(graph, ctx.limited(limit))
+        graph.lint()
+        expected = result.expected if result.expected is not None else each.expect(ctx)
+        records.append(Record(each.name, result.matches, expected, each.exactness, before, len(graph.nodes),
+                              time.perf_counter() - start))
+        upstream_altered = bool(options.skip or options.limit)
+        if limit is None and not upstream_altered and expected is not None and result.matches != expected:
+            raise PassError(_explain(each, ctx, result, expected))
+        for watch in watchers:
+            watch(each.name, graph)
+    return records
+
+
+def _explain(each: Pass, ctx: Context, result: PassResult, expected: int) -> str:
+    head = (f"pass {each.name} matched {result.matches} times in bucket {ctx.bucket.name}, "
+            f"expected {expected} for this configuration")
+    if not result.near_misses:
+        return head + "; nothing came near the pattern"
+    return head + ";\n  " + "\n  ".join(map(str, result.near_misses[:4]))

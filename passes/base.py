@@ -1,0 +1,98 @@
+"""What a pass is. A new pass is one file with a `Pass` in it, one line in `pipeline.PASSES` and one before/after test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from gptoss_compile.config import Bucket, ModelConfig
+from gptoss_compile.launch_plan import Weight
+from gptoss_compile.match import Match, NearMiss, Pattern, erase_dead, search
+from gptoss_compile.match import replace as replace_match
+from gptoss_compile.target import Target
+from gptoss_compile.trace import Geometry, Role
+
+Exactness = Literal["bitwise", "ulp", "rtol"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know: the model, the step's shape, the target; never a device.
+
+    limit: rewrite at most so many matches (for bisecting); None = all.
+    """
+
+    config: ModelConfig
+    bucket: Bucket
+    target: Target
+    geometry: Geometry
+    dtype: torch.dtype
+    ranks: int = 1
+    limit: int | None = None
+
+    def limited(self, limit: int | None) -> Context:
+        return replace(self, limit=limit)
+
+    def example(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A meta tensor for a pattern's parameter; the model's dtype unless another is given."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """matches: rewrites made. near_misses: where the pattern fitted in part, the best first. expected: the number of
+    matches wanted, where it follows from the graph and not from the context."""
+
+    matches: int
+    near_misses: tuple[NearMiss, ...] = ()
+    expected: int | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One named rewrite.
+
+    expect: matches that a correct model must give, as a function of the context; None = any number.
+    exactness: how equal the graph's results stay in fp32: `bitwise`; `ulp` (the same sums in another order); `rtol`
+    (roundings moved, or a reduced precision that the pass exists to introduce).
+    """
+
+    name: str
+    run: Callable[[fx.Graph, Context], PassResult]
+    expect: Callable[[Context], int | None]
+    exactness: Exactness
+
+
+def rewrite(graph: fx.Graph, ctx: Context, pattern: Callable[..., Any], examples: Sequence[Sequence[Tensor]],
+            build: Callable[..., fx.Node | Sequence[fx.Node]]) -> PassResult:
+    """Replace each occurrence of the function `pattern`, traced at each of the example shapes, by `build(*inputs)`."""
+    matches: list[Match] = []
+    near_misses: list[NearMiss] = []
+    for shapes in examples:
+        found = search(graph, Pattern(pattern, shapes))
+        matches += found.matches
+        near_misses += found.near_misses
+    matches = matches[: ctx.limit]
+    renamed: dict[fx.Node, fx.Node] = {}
+    for match in matches:  # an input may be what an earlier replacement of this run put in another's place
+        renamed |= replace_match(graph, replace(match, inputs=tuple(renamed.get(n, n) for n in match.inputs)), build)
+    erase_dead(graph)
+    near_misses.sort(key=lambda miss: -miss.matched)
+    return PassResult(len(matches), tuple(near_misses[:8]))
+
+
+def merged_weight(graph: fx.Graph, nodes: Sequence[fx.Node], name: str) -> fx.Node:
+    """A weight placeholder that is `nodes`' weights concatenated along axis 0, called `name` beside the first of them."""
+    weights = [node.meta["role"].weight for node in nodes]
+    prefix, _, kind = weights[0].name.rsplit(".", 2)
+    shape = (sum(w.shape[0] for w in weights), *weights[0].shape[1:])
+    parts = tuple(part for w in weights for part in w.parts)
+    merged = Weight(f"{prefix}.{name}.{kind}", weights[0].dtype, shape, parts)
+    with graph.inserting_after(nodes[-1]):
+        node = graph.placeholder("p_" + merged.name.replace(".", "_"))
+    node.meta = {"val": nodes[0].meta["val"].new_empty(shape), "role": Role("weight", merged.name, merged)}
+    return node

@@ -1,0 +1,59 @@
+"""RMSNorm + gate_up + SwiGLU, and down + weighted sum + residual -> kernels of the mixture of experts, one pair a layer.
+
+While tokens are few, each (token, expert) pair runs for itself (`moe_gate_up`, `moe_down`: two launches, weights read
+once a pair). Once pairs outnumber experts, weights would be read several times: tokens are sorted by expert and each
+expert runs once over its own (`moe_sort`, `moe_gate_up_grouped`, `moe_down_grouped`, `moe_combine`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from gptoss_compile.config import SWIGLU_ALPHA
+from gptoss_compile.match import call, getitem
+from gptoss_compile.passes.base import Context, Pass, PassResult, rewrite
+
+ops = torch.ops.gptoss
+
+
+def is_grouped(ctx: Context) -> bool:
+    return ctx.bucket.tokens * ctx.config.experts_per_token > ctx.config.num_experts
+
+
+def run(graph: fx.Graph, ctx: Context) -> PassResult:
+    c, tokens = ctx.config, ctx.bucket.tokens
+    top_k, limit, mxfp4 = c.experts_per_token, c.swiglu_limit, c.expert_format == "mxfp4"
+
+    def pattern(x: Tensor, norm_weight: Tensor, ids: Tensor, probs: Tensor, up: Tensor, up_bias: Tensor, down: Tensor,
+                down_bias: Tensor, up_scales: Tensor | None = None, down_scales: Tensor | None = None) -> tuple[Tensor]:
+        normed = ops.rms_norm(x, norm_weight, c.rms_eps).unsqueeze(1)
+        hidden = ops.swiglu(ops.experts_linear(normed, ids, up, up_scales, up_bias), SWIGLU_ALPHA, limit).to(x.dtype)
+        mixed = (ops.experts_linear(hidden, ids, down, down_scales, down_bias) * probs.unsqueeze(-1)).sum(1)
+        return (x + mixed.to(x.dtype),)
+
+    def build(x: fx.Node, norm: fx.Node, ids: fx.Node, probs: fx.Node, up: fx.Node, up_bias: fx.Node, down: fx.Node,
+              down_bias: fx.Node, up_scales: fx.Node | None = None, down_scales: fx.Node | None = None) -> fx.Node:
+        act = (c.rms_eps, SWIGLU_ALPHA, limit)
+        if not is_grouped(ctx):
+            h = call(graph, ops.moe_gate_up.default, x, norm, ids, up, up_scales, up_bias, *act)
+            return call(graph, ops.moe_down.default, h, ids, probs, down, down_scales, down_bias, x)
+        by_expert = call(graph, ops.moe_sort.default, ids, c.num_experts)
+        order, count = getitem(graph, by_expert, 0), getitem(graph, by_expert, 1)
+        h = call(graph, ops.moe_gate_up_grouped.default, x, norm, order, count, up, up_scales, up_bias, *act, top_k)
+        y = call(graph, ops.moe_down_grouped.default, h, order, count, down, down_scales, down_bias)
+        return call(graph, ops.moe_combine.default, y, probs, x)
+
+    def experts(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+        shape = (c.num_experts, outputs, inputs // 32, 16) if mxfp4 else (c.num_experts, outputs, inputs)
+        return ctx.example(*shape, dtype=torch.uint8 if mxfp4 else None), ctx.example(c.num_experts, outputs)
+
+    up, down = experts(2 * c.intermediate, c.hidden), experts(c.hidden, c.intermediate)
+    scales = [w.new_empty(w.shape[:-1]) for w in (up[0], down[0])] if mxfp4 else []
+    pairs = (tokens, top_k)
+    examples = (ctx.example(tokens, c.hidden), ctx.example(c.hidden), ctx.example(*pairs, dtype=torch.int32),
+                ctx.example(*pairs, dtype=torch.float32), *up, *down, *scales)
+    return rewrite(graph, ctx, pattern, [examples], build)
+
+
+LOWER_MOE = Pass("lower_moe", run, lambda ctx: ctx.config.num_layers if ctx.ranks == 1 else 0, "rtol")

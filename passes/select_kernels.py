@@ -1,0 +1,43 @@
+"""Chooses for every operator of a GPU target's graph the first kernel that supports the target and the shapes.
+
+The choice is noted on the node (`meta["kernel"]`). An operator without a kernel stays unmatched, which is a compile error
+that names it. The `cpu` target has no kernels: its graph is decomposed and compiled by Inductor.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from gptoss_compile.dialect import OPS
+from gptoss_compile.kernels.registry import SPECS
+from gptoss_compile.match import NearMiss, describe
+from gptoss_compile.passes.base import Context, Pass, PassResult
+from gptoss_compile.plan import node_operands, op_name, tensor_operands
+
+
+def calls(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+
+
+def run(graph: fx.Graph, ctx: Context) -> PassResult:
+    chosen, missed = 0, []
+    nodes = calls(graph)
+    for node in nodes:
+        info = OPS.get(op_name(node))
+        if info is None or not info.is_kernel:
+            missed.append(NearMiss(0, 1, node.name, f"{node.target} {describe(node.meta['val'])} is no kernel operator"))
+            continue
+        if ctx.target.is_gpu:
+            operands = tensor_operands(node_operands(node))
+            spec = next((s for s in SPECS if s.op == info.name and s.supports(ctx.target, operands)), None)
+            if spec is None:
+                missed.append(NearMiss(0, 1, node.name, f"no kernel for {info.name} on {ctx.target.name} with {operands}"))
+                continue
+            node.meta["kernel"] = spec
+        chosen += 1
+    return PassResult(chosen, tuple(missed), expected=len(nodes))
+
+
+SELECT_KERNELS = Pass("select_kernels", run, lambda ctx: None, "bitwise")
