@@ -161,8 +161,8 @@ def _rope(fields: _Fields) -> dict[str, Any]:
     for name in ("attention_factor", "mscale", "mscale_all_dim"):
         if rope.data.get(name) is not None and not (
                 name == "attention_factor" and math.isclose(rope.number(name), 0.1 * math.log(factor) + 1)):
-            raise ConfigError(f"field {rope.prefix}{name} asks for another temperature than YaRN's 0.1 ln(factor) "
-                              "+ 1, which is not supported")
+            raise ConfigError(f"field {rope.prefix}{name} asks for another temperature than YaRN's 0.1 "
+                              "ln(factor) + 1, which is not supported")
     return {
         "rope_theta": theta,
         "rope_factor": factor,

@@ -55,8 +55,8 @@ def _snapshot(name: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError:
-        raise NotFound(f"there is no folder {name}, and huggingface-hub, which could download a model of that "
-                       "name, is not installed: pip install 'gptoss-compile[compile]'") from None
+        raise NotFound(f"there is no folder {name}, and huggingface-hub, which could download it, is not "
+                       "installed: pip install 'gptoss-compile[compile]'") from None
     try:
         cached = Path(snapshot_download(name, local_files_only=True))
         if _complete(cached):
