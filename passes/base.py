@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.launch_plan import Weight
-from gptoss_compile.match import Match, NearMiss, Pattern, erase_dead, search
+from gptoss_compile.match import NearMiss, Pattern, erase_dead, search
 from gptoss_compile.match import replace as replace_match
 from gptoss_compile.target import Target
-from gptoss_compile.trace import Geometry, Role
+from gptoss_compile.trace import Geometry, Role, cache_shapes
 
 Exactness = Literal["bitwise", "ulp", "rtol"]
 
@@ -37,9 +37,29 @@ class Context:
     def limited(self, limit: int | None) -> Context:
         return replace(self, limit=limit)
 
+    def after(self, results: Sequence[PassResult]) -> Context:
+        """The context for the next of several rewrites of one pass: what they made counts against the limit."""
+        return self if self.limit is None else self.limited(max(self.limit - sum(r.matches for r in results), 0))
+
     def example(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A meta tensor for a pattern's parameter; the model's dtype unless another is given."""
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    @property
+    def layer_kinds(self) -> list[bool]:
+        """Whether there are full (False) and window (True) layers."""
+        return sorted(set(self.config.windowed))
+
+    def window(self, windowed: bool) -> int:
+        """Keys a token sees in layers of that kind; 0 = all."""
+        return self.config.sliding_window if windowed else 0
+
+    def paged_examples(self, windowed: bool) -> tuple[Tensor, Tensor]:
+        """Examples of the (cache, page table) of layers of that kind."""
+        geometry = self.geometry
+        width = geometry.window_ring if windowed else geometry.table_width
+        cache = cache_shapes(self.config, geometry)[self.config.windowed.index(windowed)]
+        return self.example(*cache), self.example(self.bucket.sequences, width, dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,11 @@ class PassResult:
     matches: int
     near_misses: tuple[NearMiss, ...] = ()
     expected: int | None = None
+
+    @staticmethod
+    def sum(results: Sequence[PassResult]) -> PassResult:
+        near = sorted((miss for r in results for miss in r.near_misses), key=lambda miss: -miss.matched)
+        return PassResult(sum(r.matches for r in results), tuple(near))
 
 
 @dataclass(frozen=True)
@@ -70,19 +95,13 @@ class Pass:
 def rewrite(graph: fx.Graph, ctx: Context, pattern: Callable[..., Any], examples: Sequence[Sequence[Tensor]],
             build: Callable[..., fx.Node | Sequence[fx.Node]]) -> PassResult:
     """Replace each occurrence of the function `pattern`, traced at each of the example shapes, by `build(*inputs)`."""
-    matches: list[Match] = []
-    near_misses: list[NearMiss] = []
-    for shapes in examples:
-        found = search(graph, Pattern(pattern, shapes))
-        matches += found.matches
-        near_misses += found.near_misses
-    matches = matches[: ctx.limit]
+    found = search(graph, [Pattern(pattern, shapes) for shapes in examples])
+    matches = found.matches[: ctx.limit]
     renamed: dict[fx.Node, fx.Node] = {}
     for match in matches:  # an input may be what an earlier replacement of this run put in another's place
         renamed |= replace_match(graph, replace(match, inputs=tuple(renamed.get(n, n) for n in match.inputs)), build)
     erase_dead(graph)
-    near_misses.sort(key=lambda miss: -miss.matched)
-    return PassResult(len(matches), tuple(near_misses[:8]))
+    return PassResult(len(matches), tuple(found.near_misses[:8]))
 
 
 def merged_weight(graph: fx.Graph, nodes: Sequence[fx.Node], name: str) -> fx.Node:

@@ -7,7 +7,6 @@ from torch import Tensor, fx
 
 from gptoss_compile.match import call, getitem
 from gptoss_compile.passes.base import Context, Pass, PassResult, rewrite
-from gptoss_compile.trace import cache_shapes
 
 ops = torch.ops.gptoss
 
@@ -29,16 +28,8 @@ def run(graph: fx.Graph, ctx: Context) -> PassResult:
     index = ctx.example(tokens, dtype=torch.int32)
     qkv = ctx.example(tokens, c.q_size + 2 * c.kv_size)
     cos_sin = ctx.example(tokens, 2, c.head_dim // 2, dtype=torch.float32)
-    widths = {True: ctx.geometry.window_ring, False: ctx.geometry.table_width}
-    kinds = {w: c.windowed.index(w) for w in (True, False) if w in c.windowed}
-    examples = [(qkv, cos_sin, ctx.example(*cache_shapes(c, ctx.geometry)[layer]),
-                 ctx.example(ctx.bucket.sequences, widths[kind], dtype=torch.int32), index, index)
-                for kind, layer in kinds.items()]
-    return rewrite(graph, ctx, pattern, examples[: 2 if _differ(examples) else 1], build)
-
-
-def _differ(examples: list[tuple[Tensor, ...]]) -> bool:
-    return len({tuple(t.shape for t in example) for example in examples}) > 1
+    examples = [(qkv, cos_sin, *ctx.paged_examples(windowed), index, index) for windowed in ctx.layer_kinds]
+    return rewrite(graph, ctx, pattern, examples, build)
 
 
 FUSE_ROPE_KV = Pass("fuse_rope_kv", run, lambda ctx: ctx.config.num_layers, "bitwise")

@@ -7,7 +7,6 @@ from torch import Tensor, fx
 
 from gptoss_compile.match import call
 from gptoss_compile.passes.base import Context, Pass, PassResult, rewrite
-from gptoss_compile.trace import cache_shapes
 
 
 def attention(q: Tensor, cache: Tensor, table: Tensor, sequences: Tensor, positions: Tensor, sinks: Tensor, window: int,
@@ -29,23 +28,16 @@ def attention(q: Tensor, cache: Tensor, table: Tensor, sequences: Tensor, positi
 
 
 def run(graph: fx.Graph, ctx: Context) -> PassResult:
-    c, tokens = ctx.config, ctx.bucket.tokens
-    index = ctx.example(tokens, dtype=torch.int32)
-    matches, near = 0, []
-    for window in sorted({c.sliding_window if windowed else 0 for windowed in c.windowed}):
-        layer = c.windowed.index(bool(window))
-        width = ctx.geometry.window_ring if window else ctx.geometry.table_width
-        examples = (ctx.example(tokens, c.num_heads, c.head_dim), ctx.example(*cache_shapes(c, ctx.geometry)[layer]),
-                    ctx.example(ctx.bucket.sequences, width, dtype=torch.int32), index, index, ctx.example(c.num_heads))
-        limited = ctx.limited(None if ctx.limit is None else max(ctx.limit - matches, 0))
-        scale = c.head_dim**-0.5
-        found = rewrite(
-            graph, limited, lambda *x, w=window: (attention(*x, w, scale),), [examples],
-            lambda *x, w=window: call(graph, torch.ops.gptoss.attention.default, *x, w, scale))
-        matches += found.matches
-        near += found.near_misses
-    near.sort(key=lambda miss: -miss.matched)
-    return PassResult(matches, tuple(near))
+    c, scale = ctx.config, ctx.config.head_dim**-0.5
+    q, index = ctx.example(ctx.bucket.tokens, c.num_heads, c.head_dim), ctx.example(ctx.bucket.tokens, dtype=torch.int32)
+    results = []
+    for windowed in ctx.layer_kinds:
+        window = ctx.window(windowed)
+        examples = (q, *ctx.paged_examples(windowed), index, index, ctx.example(c.num_heads))
+        results.append(rewrite(
+            graph, ctx.after(results), lambda *x, w=window: (attention(*x, w, scale),), [examples],
+            lambda *x, w=window: call(graph, torch.ops.gptoss.attention.default, *x, w, scale)))
+    return PassResult.sum(results)
 
 
 RAISE_ATTENTION_SINKS = Pass("raise_attention_sinks", run, lambda ctx: ctx.config.num_layers, "rtol")

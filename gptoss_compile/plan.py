@@ -1,0 +1,141 @@
+"""From the final graph to a launch plan: every node a step, every value a place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import Tensor, fx
+
+from gptoss_compile.dialect import OPS
+from gptoss_compile.kernels.spec import KernelSpec, Launch, TensorSpec
+from gptoss_compile.kernels.spec import Operand as KernelOperand
+from gptoss_compile.launch_plan import KernelLaunch, LaunchPlan, Operand, Step, Value
+from gptoss_compile.memory import Lifetime, align, assign
+from gptoss_compile.passes.base import Context
+from gptoss_compile.trace import DTYPE_NAMES, Role
+
+
+def op_name(node: fx.Node) -> str:
+    """`norm_linear` for a call of gptoss::norm_linear; another operator's full name."""
+    namespace, _, name = str(node.target).removesuffix(".default").partition(".")
+    return name if namespace == "gptoss" else f"{namespace}::{name}"
+
+
+def node_operands(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by their names in the operator's schema."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {a.name: value for a, value in zip(schema, node.args, strict=False)}
+    return {a.name: given.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema}
+
+
+def tensor_operands(operands: Mapping[str, Any]) -> dict[str, KernelOperand]:
+    """The same with a TensorSpec in each tensor's place: what a KernelSpec is asked with."""
+    return {name: _spec(v.meta["val"]) if isinstance(v, fx.Node) else v for name, v in operands.items()}
+
+
+def _spec(value: Tensor) -> TensorSpec:
+    return TensorSpec(tuple(value.shape), DTYPE_NAMES[value.dtype])  # type: ignore[arg-type]
+
+
+BinaryOf = Callable[[Launch], str]
+
+
+def make_plan(graph: fx.Graph, ctx: Context, *, rank: int = 0, binary_of: BinaryOf | None = None) -> LaunchPlan:
+    """The launch plan of a graph that holds kernel operators only.
+
+    binary_of names the machine code of a launch; without it (the `cpu` target) steps have no launches.
+    """
+    nodes = [n for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
+    step_of = {node: i for i, node in enumerate(nodes)}
+    returned: tuple[fx.Node, ...] = next(n for n in graph.nodes if n.op == "output").args[0]  # type: ignore[assignment]
+    places: dict[tuple[fx.Node, int], Operand] = {}
+    buffers: list[tuple[tuple[fx.Node, int], Lifetime]] = []
+
+    for node in nodes:  # what an operator returns is a new buffer, or an argument updated in place
+        for index, value in enumerate(_outputs(node)):
+            if index not in OPS[op_name(node)].updates:
+                last = _last_use(node, index, step_of, returned[0], len(nodes))
+                buffers.append(((node, index), Lifetime(_bytes(value), step_of[node], last)))
+    launches = {node: _launches(node, ctx) if binary_of else () for node in nodes}
+    scratch = {(node, i, j): Lifetime(spec.bytes, step_of[node], step_of[node]) for node in nodes
+               for i, launch in enumerate(launches[node]) for j, spec in enumerate(launch.scratch)
+               if j not in launch.zeroed}
+    offsets, arena = assign([life for _, life in buffers] + list(scratch.values()))
+    for (key, _), offset in zip(buffers, offsets, strict=False):
+        value = _outputs(key[0])[key[1]]
+        places[key] = Operand("arena", offset, DTYPE_NAMES[value.dtype], tuple(value.shape))
+    scratch_offsets = dict(zip(scratch, offsets[len(buffers):], strict=True))
+
+    steps, workspace = [], 0
+    for i, node in enumerate(nodes):
+        operands = {name: _place(value, places) for name, value in node_operands(node).items()}
+        for index, name in OPS[op_name(node)].updates.items():
+            places[node, index] = cast(Operand, operands[name])
+        planned = []
+        for number, launch in enumerate(launches[node]):
+            assert binary_of is not None
+            own, at = [], 0
+            for j, spec in enumerate(launch.scratch):
+                if j in launch.zeroed:
+                    own.append(Operand("workspace", at, spec.dtype, spec.shape))
+                    at += align(spec.bytes)
+                else:
+                    own.append(Operand("arena", scratch_offsets[node, number, j], spec.dtype, spec.shape))
+            workspace = max(workspace, at)
+            pdl = bool(node.meta.get("pdl")) if number == 0 else ctx.target.has("pdl")
+            planned.append(KernelLaunch(binary_of(launch), launch.grid, launch.args, tuple(own), pdl))
+        kernel = node.meta["kernel"].name if "kernel" in node.meta else op_name(node)
+        outputs = tuple(places[node, k] for k in range(len(_outputs(node))))
+        frees = tuple((int(places[key].key), int(places[key].key) + align(life.size))
+                      for key, life in buffers if life.last == i)
+        steps.append(Step(op_name(node), kernel, operands, outputs, tuple(planned), frees,
+                          sum(x.moved for x in launches[node]), sum(x.flops for x in launches[node])))
+
+    roles = [(n, n.meta["role"]) for n in graph.nodes if n.op == "placeholder"]
+    external = {kind: tuple(_external(n, role) for n, role in roles if role.kind == kind) for kind in ("input", "cache")}
+    weights = tuple(role.weight for n, role in roles if role.kind == "weight" and n.users)
+    return LaunchPlan(ctx.bucket.name, ctx.target.name, DTYPE_NAMES[ctx.dtype], rank, ctx.ranks, arena, workspace,
+                      external["input"], external["cache"], weights, tuple(steps),
+                      cast(Operand, _place(returned[0], places)))
+
+
+def _launches(node: fx.Node, ctx: Context) -> tuple[Launch, ...]:
+    kernel: KernelSpec = node.meta["kernel"]
+    return kernel.instantiate(ctx.target, tensor_operands(node_operands(node)))
+
+
+def _outputs(node: fx.Node) -> tuple[Tensor, ...]:
+    value = node.meta["val"]
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _resolve(node: fx.Node) -> tuple[fx.Node, int]:
+    """The call and the index of its output that a node stands for."""
+    return (node.args[0], node.args[1]) if node.target is operator.getitem else (node, 0)  # type: ignore[return-value]
+
+
+def _last_use(node: fx.Node, index: int, step_of: Mapping[fx.Node, int], logits: fx.Node, end: int) -> int:
+    """The last step that reads output `index` of `node`; the logits are read behind the last one."""
+    names = [n for n in (node, *node.users) if _resolve(n) == (node, index)]
+    if logits in names:
+        return end
+    return max([step_of[node], *(step_of[user] for name in names for user in name.users if user in step_of)])
+
+
+def _external(node: fx.Node, role: Role) -> Operand:
+    value = node.meta["val"]
+    return Operand(cast(Any, role.kind), role.name, DTYPE_NAMES[value.dtype], tuple(value.shape))
+
+
+def _place(value: Any, places: Mapping[tuple[fx.Node, int], Operand]) -> Value:
+    if not isinstance(value, fx.Node):
+        return cast(Value, value)
+    if value.op == "placeholder":
+        return _external(value, value.meta["role"])
+    return places[_resolve(value)]

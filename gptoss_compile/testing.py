@@ -1,0 +1,168 @@
+"""What tests of the compiler, and its own `--verify`, share: small models, random tensors, graphs compared with graphs.
+
+A before/after test of a pass:
+
+    def before(x, weight): ...          # plain functions of tensors
+    def after(x, weight): ...
+    check_rewrite(MY_PASS, ctx, before, after, [example, ...])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from gptoss_compile.config import Bucket, ModelConfig
+from gptoss_compile.interpreter import run_graph
+from gptoss_compile.match import simplify
+from gptoss_compile.passes.base import Context, Exactness, Pass
+from gptoss_compile.target import Target
+from gptoss_compile.trace import Geometry, Role, cache_shapes, trace_function
+
+TOLERANCE: dict[Exactness, float] = {"bitwise": 0.0, "ulp": 2e-6, "rtol": 2e-5}  # of ‖difference‖ / ‖before‖, in fp32
+
+
+def tiny(config: ModelConfig) -> ModelConfig:
+    """Two layers with the given model's traits (head grouping, expert format, window kinds) at a size for any CPU."""
+    hidden = 64 if config.expert_format == "mxfp4" else 48
+    heads = 2 * config.heads_per_kv
+    return dataclasses.replace(
+        config, num_layers=2, hidden=hidden, intermediate=hidden, num_heads=heads, num_kv_heads=2,
+        head_dim=min(config.head_dim, 16), num_experts=max(8, config.experts_per_token), vocab_size=256,
+        sliding_window=8, windowed=(True, False), rope_original_context=16, max_position=256, eos_ids=(0,))
+
+
+def tiny_context(config: ModelConfig, bucket: Bucket, target: Target) -> Context:
+    """A context of the small model, in fp32, for a bucket of the same kind; wide enough to run its passes for real."""
+    small = tiny(config)
+    mini = Bucket.decode(3) if bucket.kind == "decode" else Bucket.extend(24, 3)
+    geometry = dataclasses.replace(Geometry.of(small, [mini], 4, 64), pages=64, window_pages=64)
+    return Context(small, mini, target, geometry, torch.float32)
+
+
+def random_weight(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """O(1 / sqrt(fan-in)) values; bytes are MXFP4 blocks, or scales around 2^-6 if the last extent is no 16."""
+    if dtype == torch.uint8:
+        low, high = (0, 256) if shape[-1] == 16 and len(shape) == 4 else (119, 124)
+        return torch.randint(low, high, tuple(shape), generator=generator, dtype=torch.uint8)
+    fan_in = shape[-1] if len(shape) > 1 else 4
+    return (torch.randn(tuple(shape), generator=generator) / fan_in**0.5).to(dtype)
+
+
+def random_step(ctx: Context, seed: int) -> dict[str, Tensor]:
+    """Inputs and caches of a step that exercises what varies: several sequences at different lengths, the ring's wrap, a
+    padding row. Keys of earlier positions are random numbers already in the caches."""
+    generator = torch.Generator().manual_seed(seed)
+    bucket, g = ctx.bucket, ctx.geometry
+    used = bucket.tokens - 1 if bucket.tokens > bucket.sequences else bucket.tokens
+    share = [used // bucket.sequences + (i < used % bucket.sequences) for i in range(bucket.sequences)]
+    positions, sequences = [], []
+    for row, count in enumerate(share):
+        start = int(torch.randint(0, g.max_context - count, (1,), generator=generator))
+        positions += range(start, start + count)
+        sequences += [row] * count
+    padding = bucket.tokens - used
+
+    def ints(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    def table(width: int, pages: int) -> Tensor:
+        assert bucket.sequences * width < pages, "the pools must hold every sequence's table"
+        order = torch.randperm(pages - 1, generator=generator)[: bucket.sequences * width] + 1
+        return order.view(bucket.sequences, width).to(torch.int32)
+
+    step = {
+        "tokens": torch.randint(0, ctx.config.vocab_size, (bucket.tokens,), generator=generator, dtype=torch.int32),
+        "positions": ints([*positions, *[-1] * padding]),
+        "sequences": ints([*sequences, *[bucket.sequences - 1] * padding]),
+        "full_table": table(g.table_width, g.pages), "window_table": table(g.window_ring, g.window_pages)}
+    if bucket.kind == "extend":
+        step["rows"] = torch.randint(0, used, (bucket.rows,), generator=generator, dtype=torch.int32)
+    for i, shape in enumerate(cache_shapes(ctx.config, g)):
+        step[f"cache.{i}"] = torch.randn(shape, generator=generator).to(ctx.dtype)
+    return step
+
+
+def random_tensors(graph: fx.Graph, ctx: Context, seed: int) -> dict[str, Tensor]:
+    """A value for every placeholder of a traced graph, by the name of its role."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = random_step(ctx, seed)
+    for node in graph.find_nodes(op="placeholder"):
+        role: Role = node.meta["role"]
+        if role.weight:
+            value = role.weight.values
+            tensors[role.name] = torch.tensor(value) if value else random_weight(
+                role.weight.shape, node.meta["val"].dtype, generator)
+    return tensors
+
+
+def with_merged(tensors: Mapping[str, Tensor], graph: fx.Graph) -> dict[str, Tensor]:
+    """The tensors with those added that passes made by concatenating weights."""
+    result = dict(tensors)
+    for node in graph.find_nodes(op="placeholder"):
+        role: Role = node.meta["role"]
+        if role.weight and role.name not in result:
+            result[role.name] = torch.cat([result[part] for part in role.weight.parts])
+    return result
+
+
+def run(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The graph's outputs on those tensors."""
+    return run_graph(graph, with_merged(tensors, graph))
+
+
+def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest ‖after - before‖ / ‖before‖ over pairs of outputs; infinite where one is not finite or shapes differ."""
+    worst = 0.0
+    for a, b in zip(before, after, strict=True):
+        if a.shape != b.shape or not torch.isfinite(b.float()).all():
+            return float("inf")
+        if not torch.equal(a, b):
+            gap = (b.double() - a.double()).norm() / a.double().norm().clamp(min=1e-30)
+            worst = max(worst, float(gap))
+    return worst
+
+
+def function_graph(function: Callable[..., Any], examples: Sequence[Tensor]) -> fx.Graph:
+    """A function of tensors as a graph whose placeholders are weights called w0, w1, ..."""
+    from gptoss_compile.launch_plan import Weight
+    from gptoss_compile.trace import DTYPE_NAMES
+
+    graph = trace_function(function, [torch.empty_like(e) for e in examples])
+    simplify(graph)
+    for i, node in enumerate(graph.find_nodes(op="placeholder")):
+        value = node.meta["val"]
+        name = f"x.w{i}.weight"
+        node.meta["role"] = Role("weight", name, Weight(name, DTYPE_NAMES[value.dtype], tuple(value.shape), (name,)))
+    return graph
+
+
+def structure(graph: fx.Graph) -> list[str]:
+    """A canonical listing of a graph's calls: names of nodes do not matter, operators, constants and wiring do."""
+    seen: dict[fx.Node, str] = {}
+    lines = []
+    for i, node in enumerate(n for n in graph.nodes if n.op != "placeholder" or n.users):
+        seen[node] = f"%{i}"
+        if node.op != "placeholder":
+            lines.append(f"{node.target} {fx.map_arg((node.args, node.kwargs), seen.__getitem__)}")
+    return lines
+
+
+def check_rewrite(each: Pass, ctx: Context, before: Callable[..., Any], after: Callable[..., Any],
+                  examples: Sequence[Tensor], *, seed: int = 0, matches: int = 1) -> None:
+    """Assert that the pass turns `before` into `after`, structurally, and that both give the same numbers."""
+    graph, wanted = function_graph(before, examples), function_graph(after, examples)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {n.meta["role"].name: random_weight(tuple(n.meta["val"].shape), n.meta["val"].dtype, generator)
+               for n in graph.find_nodes(op="placeholder")}
+    old = run(graph, tensors)
+    result = each.run(graph, ctx)
+    graph.lint()
+    assert result.matches == matches, f"{each.name} matched {result.matches} times; {list(map(str, result.near_misses))}"
+    assert structure(graph) == structure(wanted), f"{each.name} gave\n{graph}\nexpected\n{wanted}"
+    gap = difference(old, run(graph, tensors))
+    assert gap <= TOLERANCE[each.exactness], f"{each.name} changed the result by {gap:.2e} (seed {seed})"
