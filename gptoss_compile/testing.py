@@ -10,6 +10,7 @@ A before/after test of a pass:
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,17 +88,35 @@ def random_step(ctx: Context, seed: int) -> dict[str, Tensor]:
     return step
 
 
+Parameter = tuple[Role, tuple[int, ...], torch.dtype]
+
+
+def parameter_values(ctx: Context, parameters: Sequence[Parameter], seed: int) -> dict[str, Tensor]:
+    """A random value for each parameter by its role's name. A logical weight's numbers depend on its name and the seed
+    alone, and a weight made of several is made of theirs: stages of one compilation compute with the same numbers."""
+    values = random_step(ctx, seed)
+    for role, shape, dtype in parameters:
+        if role.weight is None:
+            continue
+        if role.weight.values:
+            values[role.name] = torch.tensor(role.weight.values)
+        else:
+            values[role.name] = torch.cat([_part(ctx, part, shape, dtype, len(role.weight.parts), seed)
+                                           for part in role.weight.parts])
+    return values
+
+
+def _part(ctx: Context, name: str, shape: tuple[int, ...], dtype: torch.dtype, count: int, seed: int) -> Tensor:
+    c = ctx.config
+    rows = {"q": c.q_size, "k": c.kv_size, "v": c.kv_size}[name.split(".")[-2]] if count > 1 else shape[0]
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    return random_weight((rows, *shape[1:]), dtype, generator)
+
+
 def random_tensors(graph: fx.Graph, ctx: Context, seed: int) -> dict[str, Tensor]:
     """A value for every placeholder of a traced graph, by the name of its role."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = random_step(ctx, seed)
-    for node in graph.find_nodes(op="placeholder"):
-        role: Role = node.meta["role"]
-        if role.weight:
-            value = role.weight.values
-            tensors[role.name] = torch.tensor(value) if value else random_weight(
-                role.weight.shape, node.meta["val"].dtype, generator)
-    return tensors
+    return parameter_values(ctx, [(n.meta["role"], tuple(n.meta["val"].shape), n.meta["val"].dtype)
+                                  for n in graph.find_nodes(op="placeholder")], seed)
 
 
 def with_merged(tensors: Mapping[str, Tensor], graph: fx.Graph) -> dict[str, Tensor]:
