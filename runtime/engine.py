@@ -1,0 +1,287 @@
+"""The engine: one thread that runs schedule → executor.run → sample → deliver until it is told to stop."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gptoss_compile.runtime.batch import StepInputs
+from gptoss_compile.runtime.executor import Executor, Floats
+from gptoss_compile.runtime.kv_cache import KVCache
+from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput
+from gptoss_compile.runtime.prefix_cache import PrefixCache
+from gptoss_compile.runtime.request import Finished, LogitsProcessor, Request
+from gptoss_compile.runtime.sampler import Sampler, TokenLogprobs
+from gptoss_compile.runtime.sampling_params import RequestError, SamplingParams
+from gptoss_compile.runtime.scheduler import Chunk, Scheduler, Step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A consistent snapshot; counters run from the start. Pages are sums over both pools.
+
+    Every page is held (by a running request), cached (by the prefix cache alone) or free.
+    """
+
+    requests_running: int = 0
+    requests_waiting: int = 0
+    kv_pages_held: int = 0
+    kv_pages_cached: int = 0
+    kv_pages_free: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+
+
+@dataclass
+class _Live:
+    """The engine's side of a request that has not finished."""
+
+    request: Request
+    handle: RequestHandle
+    prompt_logprobs: list[TokenLogprobs | None]
+    delivered: bool = False
+
+
+class Engine:
+    """Serves requests on one executor, which it owns from here on (`shutdown` closes it).
+
+    All methods may be called from any thread. `error` is what killed the engine, if anything did.
+    """
+
+    def __init__(self, executor: Executor, *, max_num_seqs: int, max_num_batched_tokens: int,
+                 enable_prefix_caching: bool = True, vocab_limit: int | None = None) -> None:
+        """Raises ValueError where the executor's buckets and pages cannot serve the limits.
+
+        vocab_limit: ids from it on are never generated (default: the model's whole vocabulary).
+        """
+        self._executor = executor
+        self._cache = KVCache(executor)
+        prefix = PrefixCache(self._cache, enabled=enable_prefix_caching)
+        self._scheduler = Scheduler(executor.buckets, self._cache, prefix, max_num_seqs=max_num_seqs,
+                                    max_num_batched_tokens=max_num_batched_tokens)
+        self._inputs = StepInputs(self._cache)
+        self._vocab_limit = min(vocab_limit or executor.config.vocab_size, executor.config.vocab_size)
+        self._sampler = Sampler(self._vocab_limit)
+        self.max_model_len = min(executor.max_context, self._cache.full.capacity * executor.page_size)
+        self.error: EngineError | None = None
+        self._lock = threading.Lock()  # guards _live's keys, _closing and error against submit
+        self._live: dict[str, _Live] = {}
+        self._closing = False
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # run by the engine's thread
+        self._arrivals = itertools.count()
+        self._thread = threading.Thread(target=self._main, name="gptoss-engine", daemon=True)
+        self._prompt_tokens = self._cached_tokens = self._generation_tokens = self._steps = 0
+        self._last_step = time.monotonic()
+        self._publish()
+
+    # For users -------------------------------------------------------------------------------------------------------
+
+    @property
+    def healthy(self) -> bool:
+        return self.error is None and self._thread.is_alive()
+
+    @property
+    def seconds_since_step(self) -> float:
+        """How long ago the executor last answered (or the engine was idle): large only if a step hangs."""
+        return time.monotonic() - self._last_step if self._live else 0.0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams, *, request_id: str | None = None,
+               priority: int = 0, cache_salt: str | None = None,
+               logits_processor: LogitsProcessor | None = None) -> RequestHandle:
+        """Queue a request. Lower `priority` values go first; equal ones in order of arrival.
+
+        Requests share cached prefixes only within one cache_salt. max_tokens is clamped to what the context and the
+        pages hold. Raises RequestError if it can never be served, EngineError if the engine has failed or is closing.
+        """
+        tokens = self._checked(prompt, params)
+        request_id = request_id or f"request-{secrets.token_hex(8)}"
+        room = self.max_model_len - len(tokens)
+        request = Request(
+            request_id, tokens, len(tokens), params,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            stop_ids=frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self._executor.config.eos_ids))),
+            rank=(priority, next(self._arrivals)), salt=cache_salt or "", logits_processor=logits_processor)
+        handle = RequestHandle(request_id, len(tokens), self._post_abort)
+        with self._lock:
+            if self.error:
+                raise self.error
+            if self._closing:
+                raise EngineError("the engine is shutting down and takes no more requests")
+            if request_id in self._live:
+                raise RequestError("request_id", f"{request_id!r} is in use by a request that has not finished")
+            self._live[request_id] = _Live(request, handle, [None])
+            self._inbox.put(lambda: self._scheduler.add(request))
+        return handle
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def shutdown(self, drain: bool = True) -> None:
+        """Refuse new requests, finish (drain) or abort the others, end the thread and close the executor.
+
+        A second call with drain=False cuts a drain short. Calling it again afterwards does nothing.
+        """
+        with self._lock:
+            self._closing = True
+        self._inbox.put((lambda: None) if drain else self._abort_all)
+        if self._thread.is_alive():
+            self._thread.join()
+        elif self._thread.ident is None:  # never started
+            self._end(EngineError("the engine was shut down before it was started"))
+
+    # Checking a request ----------------------------------------------------------------------------------------------
+
+    def _checked(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
+        try:
+            array = np.asarray(prompt)
+        except (TypeError, ValueError):  # ragged
+            array = np.empty(0)
+        if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+            raise RequestError("prompt", "must be a list of at least one token id")
+        vocab = self._executor.config.vocab_size
+        if array.min() < 0 or array.max() >= vocab:
+            raise RequestError("prompt", f"token ids must be in [0, {vocab}), found {array.min()} … {array.max()}")
+        longest = self.max_model_len - (params.max_tokens != 0)
+        if array.size > longest:
+            limit = "context length" if self.max_model_len == self._executor.max_context else "KV cache (--kv-pages)"
+            raise RequestError("prompt", f"has {array.size} tokens, but the {limit} leaves room for {longest}; shorten "
+                               "the prompt or serve with a larger one")
+        for token in params.logit_bias:
+            if token >= self._vocab_limit:
+                raise RequestError("logit_bias", f"token {token} is outside the vocabulary of {self._vocab_limit}")
+        return [int(token) for token in array.tolist()]
+
+    # The engine's thread ---------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        error = EngineError("the engine was shut down")
+        try:
+            while True:
+                self._receive()
+                if not self._scheduler.has_work:
+                    if self._closing and self._inbox.empty():
+                        break
+                    continue
+                step = self._scheduler.schedule()
+                assert step is not None
+                self._run(step)
+        except Exception as failure:
+            logger.exception("the engine failed")
+            error = EngineError(f"the engine failed and must be restarted: {type(failure).__name__}: {failure}")
+            error.__cause__ = failure
+            self.error = error
+        self._end(error)
+
+    def _receive(self) -> None:
+        """Take in what was submitted and aborted; wait for it if there is nothing else to do."""
+        received = False
+        while not self._inbox.empty() or not (received or self._scheduler.has_work or self._closing):
+            self._inbox.get()()
+            received = True
+            self._last_step = self._last_step if self._scheduler.num_running else time.monotonic()
+        if received:
+            self._publish()
+
+    def _run(self, step: Step) -> None:
+        logits = self._executor.run(step.bucket, self._inputs.build(step))
+        self._last_step = time.monotonic()
+        outcomes = [self._sample(chunk, logits, row) for chunk, row in zip(step.chunks, step.first_rows, strict=True)]
+        finished = {f.request.request_id: f for f in self._scheduler.commit(step, [token for token, _ in outcomes])}
+        answers = [(chunk.sequence.request.request_id, *outcome) for chunk, outcome in zip(step.chunks, outcomes, strict=True)]
+        answers = [answer for answer in answers if answer[1] is not None or answer[0] in finished]
+        self._count(answers)
+        self._publish()
+        for request_id, token, logprobs in answers:
+            self._deliver(request_id, token, logprobs, finished.get(request_id))
+
+    def _sample(self, chunk: Chunk, logits_RV: Floats, row: int) -> tuple[int | None, TokenLogprobs | None]:
+        """Score the chunk's prompt tokens and choose its next token, from its rows of the logits."""
+        request = chunk.sequence.request
+        for position in chunk.scored:
+            assert request.params.prompt_logprobs is not None
+            self._live[request.request_id].prompt_logprobs.append(self._sampler.logprobs(
+                logits_RV[row], request.tokens[position + 1], request.params.prompt_logprobs))
+            row += 1
+        if not chunk.samples:
+            return None, None
+        token = self._sampler.sample(logits_RV[row], request)
+        if request.params.logprobs is None:
+            return token, None
+        return token, self._sampler.logprobs(logits_RV[row], token, request.params.logprobs)
+
+    def _deliver(self, request_id: str, token: int | None, logprobs: TokenLogprobs | None,
+                 finished: Finished | None) -> None:
+        live = self._live[request_id]
+        scores = None
+        if live.request.params.prompt_logprobs is not None and len(live.prompt_logprobs) == live.request.prompt_length:
+            scores = tuple(live.prompt_logprobs)
+        output = RequestOutput(
+            request_id, () if token is None else (token,), None if logprobs is None else (logprobs,),
+            None if live.delivered else scores, finished.reason if finished else None,
+            finished.stop_id if finished else None,
+            live.request.cached_tokens or 0)
+        live.delivered = True
+        if finished:
+            with self._lock:
+                del self._live[request_id]
+        live.handle.deliver(output)
+
+    def _post_abort(self, request_id: str) -> None:
+        self._inbox.put(lambda: self._abort(request_id))
+
+    def _abort(self, request_id: str) -> None:
+        if finished := self._scheduler.abort(request_id):
+            self._publish()
+            self._deliver(request_id, None, None, finished)
+
+    def _abort_all(self) -> None:
+        for request_id in list(self._live):
+            self._abort(request_id)
+
+    def _end(self, error: EngineError) -> None:
+        """Nothing runs any more: drop what is left, with the error, and close the executor."""
+        with self._lock:
+            self._closing = True
+            left = list(self._live.values())
+            self._live.clear()
+        try:
+            for live in left:
+                self._scheduler.abort(live.request.request_id)
+            self._publish()
+        finally:  # a failure may have left the scheduler in pieces; nobody must wait for ever because of that
+            for live in left:
+                live.handle.fail(error)
+            self._executor.close()
+
+    def _count(self, answers: Sequence[tuple[str, int | None, TokenLogprobs | None]]) -> None:
+        self._steps += 1
+        for request_id, token, _ in answers:
+            live = self._live[request_id]
+            self._generation_tokens += token is not None
+            if not live.delivered:
+                self._prompt_tokens += live.request.prompt_length
+                self._cached_tokens += live.request.cached_tokens or 0
+
+    def _publish(self) -> None:
+        full, window = self._cache.full, self._cache.window
+        self._stats = EngineStats(
+            self._scheduler.num_running, self._scheduler.num_waiting, full.held + window.held,
+            full.cached + window.cached, full.free + window.free, self._scheduler.preemptions, self._prompt_tokens,
+            self._cached_tokens, self._generation_tokens, self._steps)

@@ -1,0 +1,129 @@
+"""How a request's answer leaves the engine: deltas, and a handle that any thread or event loop can wait on."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from functools import partial, reduce
+
+from gptoss_compile.runtime.request import FinishReason
+from gptoss_compile.runtime.sampler import TokenLogprobs
+
+
+class EngineError(RuntimeError):
+    """The engine cannot serve: it failed, or is shutting down. The message says which and why."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What is new since the previous output of the same request; `a + b` joins two in a row.
+
+    token_ids:       includes the id that stopped the answer, which stop_id repeats.
+    logprobs:        one a token if SamplingParams.logprobs was given, else None.
+    prompt_logprobs: on the first output, if asked for: one a prompt token, None for the first.
+    finish_reason:   on the last output.
+    cached_tokens:   prompt tokens that came from the prefix cache.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_id: int | None = None
+    cached_tokens: int = 0
+
+    def __add__(self, later: RequestOutput) -> RequestOutput:
+        logprobs = None
+        if self.logprobs is not None or later.logprobs is not None:
+            logprobs = (self.logprobs or ()) + (later.logprobs or ())
+        return RequestOutput(
+            self.request_id, self.token_ids + later.token_ids, logprobs,
+            self.prompt_logprobs if self.prompt_logprobs is not None else later.prompt_logprobs,
+            later.finish_reason, later.stop_id, max(self.cached_tokens, later.cached_tokens))
+
+
+class RequestHandle:
+    """One submitted request. Iterate it, with `for` or `async for`, from one consumer.
+
+    The engine never waits for the consumer: outputs that pile up come joined as one. Iteration ends after the output
+    with a finish_reason, and raises EngineError if the engine failed.
+    """
+
+    def __init__(self, request_id: str, prompt_tokens: int, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self.prompt_tokens = prompt_tokens
+        self._abort = abort
+        self._lock = threading.Lock()
+        self._outputs: list[RequestOutput] = []
+        self._ended = False
+        self._error: EngineError | None = None
+        self._wake: Callable[[], object] | None = None
+
+    def abort(self) -> None:
+        """End the request soon, whatever its state; its last output then has finish_reason `abort`. From any thread."""
+        self._abort(self.request_id)
+
+    def result(self) -> RequestOutput:
+        """The whole answer, waiting for its end."""
+        return reduce(RequestOutput.__add__, self)
+
+    async def collect(self) -> RequestOutput:
+        """The whole answer, waiting for its end in the running event loop."""
+        return reduce(RequestOutput.__add__, [output async for output in self])
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        while True:
+            event = threading.Event()
+            output, more = self._take(event.set)
+            if output:
+                yield output
+            elif more:
+                event.wait()
+            if not more:
+                return
+
+    async def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        loop = asyncio.get_running_loop()
+        while True:
+            event = asyncio.Event()
+            output, more = self._take(partial(loop.call_soon_threadsafe, event.set))
+            if output:
+                yield output
+            elif more:
+                await event.wait()
+            if not more:
+                return
+
+    def _take(self, wake: Callable[[], object]) -> tuple[RequestOutput | None, bool]:
+        """What has piled up, if anything, and whether there may be more; with nothing, `wake` is called once there is."""
+        with self._lock:
+            if self._outputs:
+                output, self._outputs = reduce(RequestOutput.__add__, self._outputs), []
+                return output, not self._ended or self._error is not None
+            if self._error:
+                raise self._error
+            self._wake = None if self._ended else wake
+            return None, not self._ended
+
+    # The engine's side -----------------------------------------------------------------------------------------------
+
+    def deliver(self, output: RequestOutput) -> None:
+        self._add(output, ended=output.finish_reason is not None)
+
+    def fail(self, error: EngineError) -> None:
+        self._add(None, ended=True, error=error)
+
+    def _add(self, output: RequestOutput | None, *, ended: bool, error: EngineError | None = None) -> None:
+        with self._lock:
+            if output:
+                self._outputs.append(output)
+            self._ended, self._error = ended, error
+            wake, self._wake = self._wake, None
+        if wake:
+            try:
+                wake()
+            except RuntimeError:  # the consumer's event loop is closed: nobody will read on
+                self.abort()

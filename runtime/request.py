@@ -1,0 +1,116 @@
+"""A request and the states it goes through.
+
+A state is a frozen value with only the fields that exist in it, and a transition is a method from one to the next, so a
+transition that does not exist cannot be written:
+
+    Waiting ──admit──▶ Running ──advance──▶ Running
+       ▲  │              │  │
+       │  └──finish──────┼──┴──finish──▶ Finished
+       └─────preempt─────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gptoss_compile.runtime.executor import Floats
+from gptoss_compile.runtime.kv_cache import SequencePages
+from gptoss_compile.runtime.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+LogitsProcessor = Callable[[Sequence[int], Floats], None]
+"""Called before every choice with the ids generated so far and a copy of the logits, which it changes in place (-inf
+forbids an id). It must depend on its arguments alone and must not raise."""
+
+
+@dataclass(eq=False)
+class Request:
+    """What stays with a request in all states. `tokens` is the prompt and then what was generated; it only grows.
+
+    max_tokens and seed are the effective ones: clamped to the context, and drawn where the user gave none. scored counts
+    the prompt positions whose logits have been turned into the next prompt token's log-probability. keys are the hashes
+    of the token blocks (prefix cache). cached_tokens is what the first admission found in the prefix cache.
+    """
+
+    request_id: str
+    tokens: list[int]
+    prompt_length: int
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    stop_ids: frozenset[int]
+    rank: tuple[int, int]  # (priority, order of arrival): the lower one goes first
+    salt: str = ""
+    logits_processor: LogitsProcessor | None = None
+    scored: int = 0
+    keys: list[bytes] = field(default_factory=list)
+    cached_tokens: int | None = None
+
+    @property
+    def generated(self) -> Sequence[int]:
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def to_score(self) -> int:
+        """Prompt positions whose logits are wanted: [0, to_score). The last one predicts no prompt token."""
+        return 0 if self.params.prompt_logprobs is None else self.prompt_length - 1
+
+    @property
+    def reusable(self) -> int:
+        """Tokens that may come from the prefix cache: the last one, and those yet to be scored, need their logits."""
+        last = len(self.tokens) - 1
+        return last if self.scored >= self.to_score else min(last, self.scored)
+
+    def ending(self) -> tuple[FinishReason, int | None] | None:
+        """Whether the answer so far is complete: the reason, and the id that stopped it."""
+        if self.num_generated and self.tokens[-1] in self.stop_ids:
+            return "stop", self.tokens[-1]
+        return ("length", None) if self.num_generated >= self.max_tokens else None
+
+
+@dataclass(frozen=True)
+class Waiting:
+    request: Request
+
+    def admit(self, pages: SequencePages, computed: int) -> Running:
+        return Running(self.request, pages, computed)
+
+    def finish(self, reason: FinishReason) -> Finished:
+        return Finished(self.request, reason, None)
+
+
+@dataclass(frozen=True)
+class Running:
+    """computed: tokens [0, computed) have their keys and values in `pages`. stepped: the last step it was part of."""
+
+    request: Request
+    pages: SequencePages
+    computed: int
+    stepped: int = -1
+
+    @property
+    def pending(self) -> int:
+        """Tokens not yet computed; a single one if it is generating (or one token short of it)."""
+        return len(self.request.tokens) - self.computed
+
+    def advance(self, computed: int, step: int) -> Running:
+        return Running(self.request, self.pages, computed, step)
+
+    def preempt(self) -> Waiting:
+        return Waiting(self.request)
+
+    def finish(self, reason: FinishReason, stop_id: int | None = None) -> Finished:
+        return Finished(self.request, reason, stop_id)
+
+
+@dataclass(frozen=True)
+class Finished:
+    request: Request
+    reason: FinishReason
+    stop_id: int | None
