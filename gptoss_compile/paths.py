@@ -36,7 +36,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     behind under a hidden name, without the lock that a living writer holds; the next writer of the same path
     removes it.
     """
-    path = Path(os.path.abspath(path))
+    path = path.resolve()  # where a link leads, so that the link stays
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.partial-"
     _sweep(path.parent, prefix)

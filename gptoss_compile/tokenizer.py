@@ -37,8 +37,8 @@ def o200k_base(folder: Path | None, vocab_size: int) -> tuple[bytes | None, str]
         return data, "TIKTOKEN_ENCODINGS_BASE"
     if (data := _from_package()) is not None:
         return data, "the package bpe-openai"
-    return None, (f"the checkpoint has no tokenizer.json; put {FILE} into a folder that TIKTOKEN_ENCODINGS_BASE "
-                  "names, or pip install bpe-openai")
+    return None, (f"the checkpoint has no tokenizer.json; put {FILE} into a folder named by "
+                  "TIKTOKEN_ENCODINGS_BASE, or pip install bpe-openai")
 
 
 def _tokenizer_files(folder: Path | None) -> list[Path]:
