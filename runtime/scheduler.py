@@ -187,7 +187,7 @@ class Scheduler:
         if mixed:
             spare_tokens = min(self._mixed.tokens, self._budget) - decodes
             slots = self._mixed_limit - decodes
-            spare_rows = self._mixed.rows - self._mixed_limit
+            spare_rows = self._mixed.rows - min(self._mixed_limit, len(picked))
         chunks: list[Chunk] = []
         for running in picked:
             is_prompt = running.pending > 1
