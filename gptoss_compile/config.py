@@ -141,5 +141,5 @@ class Bucket:
         return cls("decode", batch, batch, batch)
 
     @classmethod
-    def extend(cls, tokens: int, sequences: int) -> Bucket:
-        return cls("extend", tokens, sequences, min(tokens, max(sequences, 64)))
+    def extend(cls, tokens: int, sequences: int, rows: int = 64) -> Bucket:
+        return cls("extend", tokens, sequences, min(tokens, max(sequences, rows)))

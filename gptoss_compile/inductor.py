@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from gptoss_compile.dialect import OPS
 from gptoss_compile.plan import op_name
@@ -44,8 +46,15 @@ def plan_order(graph: fx.Graph) -> list[fx.Node]:
 
 
 def compile_graph(graph: fx.Graph, path: str) -> None:
-    """Write the AOTInductor package of a graph to `path` (*.pt2)."""
-    with FakeTensorMode():
-        tensors = [torch.empty(v.shape, dtype=v.dtype) for v in (n.meta["val"] for n in plan_order(graph))]
-        program = torch.export.export(Decomposed(graph), tuple(tensors), strict=False)
+    """Write the AOTInductor package of a graph to `path` (*.pt2). The pools' sizes stay open: a server chooses them."""
+    nodes = plan_order(graph)
+    pools = {shape: Dim(f"pages_{i}", min=2) for i, shape in enumerate(_pool_shapes(nodes))}
+    dynamic = tuple({0: pools[n.meta["val"].shape]} if _kind(n) == "cache" else None for n in nodes)
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False):
+        tensors = tuple(torch.empty(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in nodes)
+    program = torch.export.export(Decomposed(graph), tensors, dynamic_shapes=(dynamic,), strict=False)
     torch._inductor.aoti_compile_and_package(program, package_path=path)
+
+
+def _pool_shapes(nodes: list[fx.Node]) -> list[torch.Size]:
+    return list(dict.fromkeys(n.meta["val"].shape for n in nodes if _kind(n) == "cache"))

@@ -8,9 +8,11 @@ step names its operator and operands (enough for the interpreter, which runs the
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+ITEM_BYTES = {"bf16": 2, "fp32": 4, "i32": 4, "u8": 1}
 ALIGNMENT = 256  # bytes; every buffer of the arena starts at a multiple
 
 
@@ -36,17 +38,28 @@ class Weight:
                    tuple(data.get("values", ())))
 
 
-Place = Literal["arena", "input", "weight", "cache"]
+Place = Literal["arena", "workspace", "input", "weight", "cache"]
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of a step: where it lives and its shape. `key` is the byte offset in the arena, or a name."""
+    """A tensor of a step: where it lives and its shape. `key`: byte offset in the arena or workspace, or a name.
+
+    The arena holds intermediates; the workspace, counters that start as zeros and that every kernel leaves as zeros.
+    """
 
     place: Place
     key: int | str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.item_bytes
 
 
 Value = Operand | int | float | None
@@ -54,9 +67,9 @@ Value = Operand | int | float | None
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """One kernel launch. args: for each pointer an operand name of the step, `outN`, or `scratchN`.
+    """One kernel launch. args: for each pointer an operand name of the step, `outN` or `scratchN`.
 
-    scratch: arena offsets; zeroed: offsets in the persistent workspace that start as zeros and are left zeroed.
+    binary: stem of a file in the artifact's kernels/. pdl: launched with programmatic stream serialisation.
     """
 
     binary: str
@@ -68,18 +81,23 @@ class KernelLaunch:
 
 @dataclass(frozen=True)
 class Step:
+    """One operator. frees: arena ranges [offset, end) that are dead behind it; moved and flops: its least traffic in
+    bytes and its operations, for time floors."""
+
     op: str
     kernel: str
     operands: dict[str, Value]
     outputs: tuple[Operand, ...]
     launches: tuple[KernelLaunch, ...]
-    frees: tuple[tuple[int, int], ...]  # arena ranges [offset, end) dead after this step
+    frees: tuple[tuple[int, int], ...]
     moved: int
     flops: int
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
+    """One bucket's step for one rank. caches: one a layer; weights: in the order of the traced graph's placeholders."""
+
     bucket: str
     target: str
     dtype: str

@@ -60,7 +60,7 @@ class Pattern:
     """
 
     def __init__(self, function: Callable[..., Any], examples: Sequence[Tensor]) -> None:
-        graph = trace_function(function, examples)
+        graph = trace_function(function, [torch.empty_like(e) for e in examples])  # one tensor given twice is one node
         simplify(graph)
         self.parameters = [n for n in graph.nodes if n.op == "placeholder"]
         returned = next(n for n in graph.nodes if n.op == "output").args[0]
@@ -90,18 +90,18 @@ class Search:
     near_misses: list[NearMiss] = field(default_factory=list)
 
 
-def search(graph: fx.Graph, pattern: Pattern) -> Search:
-    """All places where the pattern fits. Near misses with at least two fitting nodes, the best first."""
+def search(graph: fx.Graph, patterns: Sequence[Pattern]) -> Search:
+    """All places where one of the patterns fits. Near misses with at least two fitting nodes, the best first."""
     result, taken = Search(), set[fx.Node]()
-    anchor = pattern.outputs[0]
-    for node in graph.find_nodes(op="call_function", target=anchor.target):
-        outcome = pattern.match(node)
-        if isinstance(outcome, NearMiss):
-            if outcome.matched >= 2 or pattern.total <= 2:
-                result.near_misses.append(outcome)
-        elif not taken.intersection(outcome.outputs):
-            taken.update(outcome.outputs)
-            result.matches.append(outcome)
+    for pattern in patterns:
+        for node in graph.find_nodes(op="call_function", target=pattern.outputs[0].target):
+            outcome = pattern.match(node)
+            if isinstance(outcome, NearMiss):
+                if outcome.matched >= min(2, pattern.total - 1):
+                    result.near_misses.append(outcome)
+            elif not taken.intersection(outcome.outputs):
+                taken.update(outcome.outputs)
+                result.matches.append(outcome)
     result.near_misses.sort(key=lambda miss: -miss.matched)
     return result
 
@@ -160,14 +160,14 @@ def _fit(p: fx.Node, g: fx.Node, found: Bindings) -> None:
         if found[p] is not g:
             raise _Stop(g, f"expected the same node as %{found[p].name}")
         return
+    want, have = describe(p.meta["val"]), describe(g.meta.get("val"))
+    if p.op == "call_function" and g.target != p.target:
+        raise _Stop(g, f"expected {_name(p)}, found {_name(g)} {have}")
+    if want != have:
+        raise _Stop(g, f"shape {have}, expected {want}")
     if p.op == "placeholder":
         found[p] = g
         return
-    if g.op != "call_function" or g.target != p.target:
-        raise _Stop(g, f"expected {_name(p)}, found {_name(g)} {describe(g.meta.get('val'))}")
-    want, have = describe(p.meta["val"]), describe(g.meta["val"])
-    if want != have:
-        raise _Stop(g, f"shape {have}, expected {want}")
     mine, theirs = _flat(p), _flat(g)
     if len(mine) != len(theirs):
         raise _Stop(g, f"{_name(g)} has {len(theirs)} arguments, expected {len(mine)}")

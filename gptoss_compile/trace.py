@@ -28,13 +28,14 @@ class Geometry:
     """Sizes of the paged cache that a graph is specialised to.
 
     page_size: tokens a page; max_context: longest sequence in tokens; window_ring: pages in a sequence's ring for
-    window layers; pages and window_pages: sizes of the two pools, which only executors know (any number will do here).
+    window layers; pages and window_pages: sizes of the two pools. A server chooses them: here they only have to differ,
+    so that the two kinds of cache can be told apart.
     """
 
     page_size: int
     max_context: int
     window_ring: int
-    pages: int = 2
+    pages: int = 3
     window_pages: int = 2
 
     @property

@@ -1,0 +1,243 @@
+"""One compilation from checkpoint to artifact: every bucket traced, rewritten and planned; machine code; weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from gptoss_compile.artifact import Artifact, ArtifactWriter, canonical_json
+from gptoss_compile.checkpoint import Checkpoint
+from gptoss_compile.config import Bucket, ModelConfig
+from gptoss_compile.ir import Dumper, print_graph
+from gptoss_compile.launch_plan import LaunchPlan, Weight
+from gptoss_compile.pack import add_weights
+from gptoss_compile.passes.base import Context
+from gptoss_compile.paths import atomic_directory, cache_dir
+from gptoss_compile.pipeline import Options, Record, run_passes
+from gptoss_compile.plan import make_plan
+from gptoss_compile.target import Target
+from gptoss_compile.tokenizer import o200k_base
+from gptoss_compile.trace import DTYPES, Geometry, trace_model
+from gptoss_compile.verify import verify
+
+PAGE_SIZE = 16  # tokens a page of the KV cache
+GPU_BUCKETS = (*(Bucket.decode(b) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256)), Bucket.extend(512, 64),
+               Bucket.extend(2048, 64))
+CPU_BUCKETS = (Bucket.decode(1), Bucket.decode(8), Bucket.extend(64, 9, 16), Bucket.extend(256, 1, 16))
+
+
+class CompileError(ValueError):
+    """A request that cannot be compiled; the message says why and what to do."""
+
+
+class Progress(Protocol):
+    """Shows long work: a label, then (done, total) calls while the context is open."""
+
+    def __call__(self, label: str) -> AbstractContextManager[Callable[[int, int], None]]: ...
+
+
+def silent(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    return nullcontext(lambda done, total: None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compile. weights: `pack`, `link` or `random:SEED`; dtype: None = the target's own (cpu fp32, else bf16);
+    max_context: None = the model's, on cpu at most 4,096."""
+
+    target: Target
+    weights: str = "pack"
+    buckets: tuple[Bucket, ...] = ()
+    max_context: int | None = None
+    dtype: str | None = None
+    ranks: int = 1
+    options: Options = field(default_factory=Options)
+    dump_ir: Path | None = None
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One bucket's result: its plan, what the passes did, its final graph, and the machine code it needs."""
+
+    plan: LaunchPlan
+    records: tuple[Record, ...]
+    ir: str
+    files: tuple[tuple[str, bytes], ...]
+
+
+def compile_checkpoint(checkpoint: Checkpoint, folder: Path | None, request: Request, output: Path,
+                       progress: Progress = silent) -> Artifact:
+    """Compile a checkpoint and write the artifact to `output`.
+
+    Raises CompileError, PassError, VerifyError, CheckpointError or ArtifactError; then nothing is written.
+    """
+    config = checkpoint.config
+    job = Job(config, request)
+    with ArtifactWriter(output) as writer:
+        compiled = []
+        with progress("compiling") as report:
+            for i, bucket in enumerate(job.buckets):
+                report(i, len(job.buckets))
+                compiled.append(job.compile(bucket))
+            report(len(job.buckets), len(job.buckets))
+        for each in compiled:
+            writer.write(f"plans/{each.plan.bucket}.json", each.plan.dumps().encode())
+            writer.write(f"ir/{each.plan.bucket}.py", each.ir.encode())
+        for name, data in sorted({name: data for each in compiled for name, data in each.files}.items()):
+            writer.write(f"kernels/{name}", data)
+        tokenizer, note = o200k_base(folder, config.vocab_size)
+        if tokenizer is not None:
+            writer.write("tokenizer/o200k_base.tiktoken", tokenizer)
+        writer.describe(
+            target=request.target.name, config=config, buckets=job.buckets, page_size=PAGE_SIZE,
+            max_context=job.geometry.max_context, window_ring=job.geometry.window_ring,
+            passes=[{"bucket": each.plan.bucket, **_log(r)} for each in compiled for r in each.records],
+            tools=tool_versions(request.target), tokenizer_note=note)
+        with progress("weights") as report:
+            add_weights(request.weights, checkpoint, [_recipes(checkpoint, compiled)], writer, report)
+    return Artifact.open(output)
+
+
+class Job:
+    """What is common to the buckets of one compilation."""
+
+    def __init__(self, config: ModelConfig, request: Request) -> None:
+        if request.ranks != 1:
+            raise CompileError(f"--tp {request.ranks}: sharding over several GPUs is not supported yet; compile with --tp 1")
+        target = request.target
+        self.config, self.request = config, request
+        self.dtype = DTYPES[request.dtype or ("bf16" if target.is_gpu else "fp32")]
+        limit = request.max_context or (config.max_position if target.is_gpu else min(config.max_position, 4096))
+        if not 1 <= limit <= config.max_position:
+            raise CompileError(f"--max-context {limit} is not within 1 and the model's {config.max_position} positions")
+        self.buckets = request.buckets or (GPU_BUCKETS if target.is_gpu else CPU_BUCKETS)
+        self.geometry = Geometry.of(config, self.buckets, PAGE_SIZE, limit)
+
+    def context(self, bucket: Bucket) -> Context:
+        return Context(self.config, bucket, self.request.target, self.geometry, self.dtype, self.request.ranks)
+
+    def compile(self, bucket: Bucket) -> Compiled:
+        """From the cache, or by tracing, passes, plan and machine code. Dumping and verifying always compile."""
+        if self.request.verify:
+            verify(self.config, bucket, self.request.target)
+        key = self._key(bucket)
+        if self.request.dump_ir is None and (cached := _load(key)):
+            return cached
+        ctx = self.context(bucket)
+        module = trace_model(self.config, bucket, self.geometry, self.dtype, self.request.ranks)
+        dumper = Dumper(self.request.dump_ir / bucket.name, ctx) if self.request.dump_ir else None
+        records = run_passes(module, ctx, options=self.request.options, observe=[dumper] if dumper else [])
+        plan, files = generate(module.graph, ctx)
+        if dumper:
+            dumper.write("plan.txt", plan.dumps())
+        compiled = Compiled(plan, tuple(records), print_graph(module.graph, ctx, bucket.name), tuple(files))
+        _store(key, compiled)
+        return compiled
+
+    def _key(self, bucket: Bucket) -> str:
+        """Everything a compiled bucket depends on: its shape, the target, this package's source and its tools."""
+        options = {"skip": sorted(self.request.options.skip), "limit": dict(self.request.options.limit)}
+        parts = [self.config.to_json(), asdict(bucket), asdict(self.geometry), self.request.target.name, str(self.dtype),
+                 self.request.ranks, options, tool_versions(self.request.target), source_digest()]
+        return hashlib.sha256(canonical_json(parts)).hexdigest()
+
+
+def generate(graph: fx.Graph, ctx: Context) -> tuple[LaunchPlan, list[tuple[str, bytes]]]:
+    """The plan of a final graph and its machine code as (file name, bytes)."""
+    if not ctx.target.is_gpu:
+        from gptoss_compile.inductor import compile_graph
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{ctx.bucket.name}.pt2"
+            compile_graph(graph, str(path))
+            return make_plan(graph, ctx), [(path.name, path.read_bytes())]
+    from gptoss_compile.build import Builder
+
+    builder = Builder(ctx.target)
+    plan = make_plan(graph, ctx, binary_of=builder.request)
+    return plan, builder.files()
+
+
+def tool_versions(target: Target) -> dict[str, str]:
+    """Versions that the machine code depends on."""
+    names = ["torch", "triton"] if target.is_gpu else ["torch"]
+    versions = {name: importlib.metadata.version(name) for name in names}
+    if not target.is_gpu:  # native code: of this processor and its compiler
+        versions["machine"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"gptoss-compile": importlib.metadata.version("gptoss-compile"), **versions}
+
+
+def source_digest() -> str:
+    """The hash of this package's source: a changed compiler must not find what an older one cached."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*.py") if "runtime" not in p.relative_to(root).parts):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _recipes(checkpoint: Checkpoint, compiled: Sequence[Compiled]) -> list[dict[str, Any]]:
+    """The weights of all plans, each once. On a target that computes wider than the checkpoint they are stored as they
+    are in it: the executor widens them, which is exact."""
+    weights: dict[str, Weight] = {w.name: w for each in compiled for w in each.plan.weights}
+    recipes = []
+    for weight in weights.values():
+        recipe = weight.to_json()
+        if weight.dtype == "fp32" and weight.parts:
+            stored = {checkpoint.logical[part].dtype for part in weight.parts}
+            recipe["dtype"] = "bf16" if stored == {"bf16"} else "fp32"
+        recipes.append(recipe)
+    return recipes
+
+
+def _log(record: Record) -> dict[str, Any]:
+    return {k: v for k, v in asdict(record).items() if k != "seconds"}
+
+
+def _folder(key: str) -> Path:
+    return cache_dir() / "compiled" / key
+
+
+def _load(key: str) -> Compiled | None:
+    """A cached bucket, if it is there and whole."""
+    folder = _folder(key)
+    try:
+        note = json.loads((folder / "note.json").read_bytes())
+        files = tuple((name, (folder / name).read_bytes()) for name in note["files"])
+        plan, ir = (folder / "plan").read_bytes(), (folder / "ir").read_bytes()
+    except (OSError, ValueError, KeyError):
+        return None
+    if _checksum(plan, ir, files) != note["checksum"]:
+        return None
+    return Compiled(LaunchPlan.loads(plan.decode()), tuple(Record(**r) for r in note["records"]), ir.decode(), files)
+
+
+def _store(key: str, compiled: Compiled) -> None:
+    plan, ir = compiled.plan.dumps().encode(), compiled.ir.encode()
+    note = {"files": [name for name, _ in compiled.files], "records": [asdict(r) for r in compiled.records],
+            "checksum": _checksum(plan, ir, compiled.files)}
+    with atomic_directory(_folder(key)) as folder:
+        for name, data in compiled.files:
+            (folder / name).write_bytes(data)
+        (folder / "plan").write_bytes(plan)
+        (folder / "ir").write_bytes(ir)
+        (folder / "note.json").write_text(json.dumps(note))
+
+
+def _checksum(plan: bytes, ir: bytes, files: Iterable[tuple[str, bytes]]) -> str:
+    digest = hashlib.sha256(plan + b"\0" + ir)
+    for name, data in files:
+        digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
+    return digest.hexdigest()
