@@ -73,11 +73,11 @@ class SamplingParams:
         self._token_ids()
 
     def _token_ids(self) -> None:
-        try:
-            object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-        except TypeError as error:
-            raise RequestError("stop_token_ids or logit_bias", f"has the wrong type ({error})") from None
+        for name, kind in (("stop_token_ids", tuple), ("logit_bias", dict)):
+            try:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+            except (TypeError, ValueError) as error:
+                raise RequestError(name, f"has the wrong type ({error})") from None
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", tuple(self.logit_bias))):
             for token in ids:
                 if not _is_integer(token) or token < 0:
