@@ -1,0 +1,155 @@
+"""The three commands. Only `gptoss-compile` needs PyTorch; `gptoss-serve` and `gptoss-inspect` import the runtime alone."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptoss_compile.config import Bucket
+from gptoss_compile.target import TARGETS, Target
+
+if TYPE_CHECKING:
+    from gptoss_compile.pipeline import Options
+
+USAGE_ERROR = 2
+
+
+def compile_main(arguments: Sequence[str] | None = None) -> int:
+    parser = _compile_parser()
+    options = parser.parse_args(arguments)
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return _fail("compiling needs PyTorch and Triton: pip install 'gptoss-compile[compile]'")
+    from gptoss_compile.pipeline import PassError
+    from gptoss_compile.verify import VerifyError
+
+    try:
+        _compile(options)
+    except (ValueError, OSError, PassError, VerifyError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", 130)
+    return 0
+
+
+def _compile_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gptoss-compile", description="Compile a GPT-OSS checkpoint into an artifact that gptoss-serve runs.")
+    parser.add_argument("model", nargs="?", metavar="MODEL",
+                        help="a checkpoint folder (Hugging Face or OpenAI original layout) or a hub id; without it the "
+                             "built-in demo model is compiled")
+    parser.add_argument("--target", required=True, choices=sorted(TARGETS), help="the machine to compile for; it need not "
+                        "be here")
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="artifact directory (default: MODEL-TARGET here)")
+    parser.add_argument("--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs to shard over")
+    parser.add_argument("--weights", default="pack", metavar="pack|link|random:SEED",
+                        help="store the weights in the artifact; once in the user's cache with a link; or not at all, "
+                             "generated at load (default: pack)")
+    parser.add_argument("--buckets", type=parse_buckets, default=(), metavar="decode:1,8;extend:64x8",
+                        help="step shapes: decode batch sizes, and extend TOKENSxSEQUENCES (default: by target)")
+    parser.add_argument("--max-context", "--max-model-len", type=int, metavar="N", help="longest sequence in tokens")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of activations (default: fp32 on cpu, else bf16)")
+    parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write every stage as runnable Python, with diffs")
+    parser.add_argument("--verify", action="store_true", help="check every pass on a two-layer random model")
+    parser.add_argument("--skip", action="append", default=[], metavar="PASS", help="leave a pass out")
+    parser.add_argument("--limit", action="append", default=[], metavar="PASS=N", help="at most N rewrites of a pass")
+    return parser
+
+
+def _compile(options: argparse.Namespace) -> None:
+    from gptoss_compile.checkpoint import Checkpoint
+    from gptoss_compile.compiler import Request, compile_checkpoint
+    from gptoss_compile.hub import locate
+
+    target = Target.parse(options.target)
+    request = Request(target, options.weights, options.buckets, options.max_context, options.dtype, options.tp,
+                      _pass_options(options.skip, options.limit), options.dump_ir, options.verify)
+    if options.model is None:
+        from gptoss_compile.demo import build_demo
+
+        print("no MODEL given: compiling the built-in demo model (small, random weights: its answers are noise)")
+        folder = build_demo()
+        name = "demo"
+    else:
+        folder = locate(options.model)
+        name = Path(str(options.model)).resolve().name
+    output = options.output or Path(f"{name}-{target.name}")
+    artifact = compile_checkpoint(Checkpoint.open(folder), folder, request, output, progress_bar)
+    if not artifact.has_tokenizer:
+        print(f"no tokenizer in the artifact, it is served by token ids: {artifact.tokenizer_note}")
+    print(f"wrote {output}; serve it with: gptoss-serve {output}")
+
+
+def parse_buckets(text: str) -> tuple[Bucket, ...]:
+    """`decode:1,8;extend:64x8,256x1` -> buckets. Raises argparse's error with the offending part."""
+    buckets: list[Bucket] = []
+    for group in filter(None, text.split(";")):
+        kind, _, shapes = group.partition(":")
+        for shape in shapes.split(","):
+            tokens, _, sequences = shape.partition("x")
+            try:
+                sizes = [int(n) for n in (tokens, sequences) if n]
+                if kind == "decode" and len(sizes) == 1 and sizes[0] > 0:
+                    buckets.append(Bucket.decode(sizes[0]))
+                elif kind == "extend" and len(sizes) == 2 and 0 < sizes[1] <= sizes[0]:
+                    buckets.append(Bucket.extend(*sizes))
+                else:
+                    raise ValueError
+            except ValueError:
+                raise argparse.ArgumentTypeError(
+                    f"{kind}:{shape} is no bucket; write decode:BATCH or extend:TOKENSxSEQUENCES (SEQUENCES at most "
+                    "TOKENS), several separated by commas, kinds by ';'") from None
+    kinds = {b.kind for b in buckets}
+    if buckets and kinds != {"decode", "extend"}:
+        raise argparse.ArgumentTypeError("a server needs at least one decode and one extend bucket")
+    return tuple(dict.fromkeys(buckets))
+
+
+def _pass_options(skip: Sequence[str], limit: Sequence[str]) -> Options:
+    from gptoss_compile.pipeline import Options
+
+    limits = {}
+    for item in limit:
+        name, _, count = item.partition("=")
+        if not count.isdecimal():
+            raise ValueError(f"--limit takes PASS=N, found {item!r}")
+        limits[name] = int(count)
+    return Options(frozenset(skip), limits)
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of rich on a terminal; silence elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(label, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def serve_main(arguments: Sequence[str] | None = None) -> int:
+    from gptoss_compile.runtime.serve import main
+
+    return main(sys.argv[1:] if arguments is None else list(arguments))
+
+
+def inspect_main(arguments: Sequence[str] | None = None) -> int:
+    from gptoss_compile.inspect import main
+
+    return main(arguments)
+
+
+def _fail(message: str, code: int = USAGE_ERROR) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
