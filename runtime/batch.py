@@ -2,10 +2,10 @@
 
     tokens [T]           ids; padding 0
     positions [T]        padding -1
-    sequences [T]        row of the page tables; tokens of one sequence are contiguous and in order; padding: the last row
+    sequences [T]        row of the page tables; one sequence's tokens are contiguous, in order; padding: any
     full_table [S, P]    page ids of the full-attention layers
     window_table [S, W]  page ids of the window layers, a ring: position p is in entry (p // page_size) mod W
-    rows [R]             extend buckets: the token of each row of the logits, padding 0; decode buckets: row i = token i
+    rows [R]             the token of each row of the logits, padding 0; decode buckets: row i is token i
 
 Table entries that no live key needs hold any valid page.
 """
@@ -53,8 +53,11 @@ class StepInputs:
         return arrays
 
     def _allocate(self, bucket: Bucket) -> dict[str, Ints]:
-        shapes: dict[str, tuple[int, ...]] = {name: (bucket.tokens,) for name in ("tokens", "positions", "sequences")}
-        shapes |= {"full_table": (bucket.sequences, self._table), "window_table": (bucket.sequences, self._ring)}
+        shapes: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(("tokens", "positions", "sequences"), (bucket.tokens,)),
+            "full_table": (bucket.sequences, self._table),
+            "window_table": (bucket.sequences, self._ring),
+        }
         if bucket.kind == "extend":
             shapes["rows"] = (bucket.rows,)
         return {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}

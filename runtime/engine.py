@@ -54,6 +54,22 @@ class _Live:
     prompt_logprobs: list[TokenLogprobs | None]
     delivered: bool = False
 
+    @property
+    def scores(self) -> tuple[TokenLogprobs | None, ...] | None:
+        """The prompt's log-probabilities if they were asked for and are complete."""
+        complete = len(self.prompt_logprobs) == self.request.prompt_length
+        wanted = self.request.params.prompt_logprobs is not None
+        return tuple(self.prompt_logprobs) if wanted and complete else None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What one step gave one request: a token if it sampled one."""
+
+    request_id: str
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+
 
 class Engine:
     """Serves requests on one executor, which it owns from here on (`shutdown` closes it).
@@ -75,6 +91,7 @@ class Engine:
         self._inputs = StepInputs(self._cache)
         self._vocab_limit = min(vocab_limit or executor.config.vocab_size, executor.config.vocab_size)
         self._sampler = Sampler(self._vocab_limit)
+        self._eos_ids = frozenset(executor.config.eos_ids)
         self.max_model_len = min(executor.max_context, self._cache.full.capacity * executor.page_size)
         self.error: EngineError | None = None
         self._lock = threading.Lock()  # guards _live's keys, _closing and error against submit
@@ -87,7 +104,7 @@ class Engine:
         self._last_step = time.monotonic()
         self._publish()
 
-    # For users -------------------------------------------------------------------------------------------------------
+    # For users ----------------------------------------------------------------------------------------------
 
     @property
     def healthy(self) -> bool:
@@ -106,8 +123,9 @@ class Engine:
                logits_processor: LogitsProcessor | None = None) -> RequestHandle:
         """Queue a request. Lower `priority` values go first; equal ones in order of arrival.
 
-        Requests share cached prefixes only within one cache_salt. max_tokens is clamped to what the context and the
-        pages hold. Raises RequestError if it can never be served, EngineError if the engine has failed or is closing.
+        Requests share cached prefixes only within one cache_salt. max_tokens is clamped to what the context
+        and the pages hold. Raises RequestError if it can never be served, EngineError if the engine has
+        failed or is closing.
         """
         tokens = self._checked(prompt, params)
         request_id = request_id or f"request-{secrets.token_hex(8)}"
@@ -116,16 +134,16 @@ class Engine:
             request_id, tokens, len(tokens), params,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             seed=secrets.randbits(64) if params.seed is None else params.seed,
-            stop_ids=frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self._executor.config.eos_ids))),
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids),
             rank=(priority, next(self._arrivals)), salt=cache_salt or "", logits_processor=logits_processor)
-        handle = RequestHandle(request_id, len(tokens), self._post_abort)
+        handle = RequestHandle(request_id, len(tokens), lambda: self._inbox.put(lambda: self._abort(request)))
         with self._lock:
             if self.error:
                 raise self.error
             if self._closing:
                 raise EngineError("the engine is shutting down and takes no more requests")
             if request_id in self._live:
-                raise RequestError("request_id", f"{request_id!r} is in use by a request that has not finished")
+                raise RequestError("request_id", f"{request_id!r} is in use by an unfinished request")
             self._live[request_id] = _Live(request, handle, [None])
             self._inbox.put(lambda: self._scheduler.add(request))
         return handle
@@ -146,7 +164,7 @@ class Engine:
         elif self._thread.ident is None:  # never started
             self._end(EngineError("the engine was shut down before it was started"))
 
-    # Checking a request ----------------------------------------------------------------------------------------------
+    # Checking a request -------------------------------------------------------------------------------------
 
     def _checked(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
         try:
@@ -157,18 +175,23 @@ class Engine:
             raise RequestError("prompt", "must be a list of at least one token id")
         vocab = self._executor.config.vocab_size
         if array.min() < 0 or array.max() >= vocab:
-            raise RequestError("prompt", f"token ids must be in [0, {vocab}), found {array.min()} … {array.max()}")
+            found = f"{array.min()} … {array.max()}"
+            raise RequestError("prompt", f"token ids must be in [0, {vocab}), found {found}")
         longest = self.max_model_len - (params.max_tokens != 0)
         if array.size > longest:
-            limit = "context length" if self.max_model_len == self._executor.max_context else "KV cache (--kv-pages)"
-            raise RequestError("prompt", f"has {array.size} tokens, but the {limit} leaves room for {longest}; shorten "
-                               "the prompt or serve with a larger one")
+            by_context = self.max_model_len == self._executor.max_context
+            limit = "context length" if by_context else "KV cache (--kv-pages)"
+            raise RequestError(
+                "prompt",
+                f"has {array.size} tokens, but the {limit} leaves room for {longest}; "
+                "shorten the prompt or serve with a larger one",
+            )
         for token in params.logit_bias:
             if token >= self._vocab_limit:
-                raise RequestError("logit_bias", f"token {token} is outside the vocabulary of {self._vocab_limit}")
+                raise RequestError("logit_bias", f"token {token} is not among the {self._vocab_limit} ids")
         return [int(token) for token in array.tolist()]
 
-    # The engine's thread ---------------------------------------------------------------------------------------------
+    # The engine's thread ------------------------------------------------------------------------------------
 
     def _main(self) -> None:
         error = EngineError("the engine was shut down")
@@ -184,7 +207,8 @@ class Engine:
                 self._run(step)
         except Exception as failure:
             logger.exception("the engine failed")
-            error = EngineError(f"the engine failed and must be restarted: {type(failure).__name__}: {failure}")
+            cause = f"{type(failure).__name__}: {failure}"
+            error = EngineError(f"the engine failed and must be restarted: {cause}")
             error.__cause__ = failure
             self.error = error
         self._end(error)
@@ -202,16 +226,17 @@ class Engine:
     def _run(self, step: Step) -> None:
         logits = self._executor.run(step.bucket, self._inputs.build(step))
         self._last_step = time.monotonic()
-        outcomes = [self._sample(chunk, logits, row) for chunk, row in zip(step.chunks, step.first_rows, strict=True)]
-        finished = {f.request.request_id: f for f in self._scheduler.commit(step, [token for token, _ in outcomes])}
-        answers = [(chunk.sequence.request.request_id, *outcome) for chunk, outcome in zip(step.chunks, outcomes, strict=True)]
-        answers = [answer for answer in answers if answer[1] is not None or answer[0] in finished]
+        rows = zip(step.chunks, step.first_rows, strict=True)
+        answers = [self._sample(chunk, logits, row) for chunk, row in rows]
+        committed = self._scheduler.commit(step, [answer.token for answer in answers])
+        finished = {f.request.request_id: f for f in committed}
+        answers = [a for a in answers if a.token is not None or a.request_id in finished]
         self._count(answers)
         self._publish()
-        for request_id, token, logprobs in answers:
-            self._deliver(request_id, token, logprobs, finished.get(request_id))
+        for answer in answers:
+            self._deliver(answer, finished.get(answer.request_id))
 
-    def _sample(self, chunk: Chunk, logits_RV: Floats, row: int) -> tuple[int | None, TokenLogprobs | None]:
+    def _sample(self, chunk: Chunk, logits_RV: Floats, row: int) -> _Answer:
         """Score the chunk's prompt tokens and choose its next token, from its rows of the logits."""
         request = chunk.sequence.request
         for position in chunk.scored:
@@ -220,40 +245,40 @@ class Engine:
                 logits_RV[row], request.tokens[position + 1], request.params.prompt_logprobs))
             row += 1
         if not chunk.samples:
-            return None, None
+            return _Answer(request.request_id)
         token = self._sampler.sample(logits_RV[row], request)
         if request.params.logprobs is None:
-            return token, None
-        return token, self._sampler.logprobs(logits_RV[row], token, request.params.logprobs)
+            return _Answer(request.request_id, token)
+        logprobs = self._sampler.logprobs(logits_RV[row], token, request.params.logprobs)
+        return _Answer(request.request_id, token, logprobs)
 
-    def _deliver(self, request_id: str, token: int | None, logprobs: TokenLogprobs | None,
-                 finished: Finished | None) -> None:
-        live = self._live[request_id]
-        scores = None
-        if live.request.params.prompt_logprobs is not None and len(live.prompt_logprobs) == live.request.prompt_length:
-            scores = tuple(live.prompt_logprobs)
+    def _deliver(self, answer: _Answer, finished: Finished | None) -> None:
+        live = self._live[answer.request_id]
         output = RequestOutput(
-            request_id, () if token is None else (token,), None if logprobs is None else (logprobs,),
-            None if live.delivered else scores, finished.reason if finished else None,
-            finished.stop_id if finished else None,
-            live.request.cached_tokens or 0)
+            answer.request_id,
+            token_ids=() if answer.token is None else (answer.token,),
+            logprobs=None if answer.logprobs is None else (answer.logprobs,),
+            prompt_logprobs=None if live.delivered else live.scores,
+            finish_reason=finished.reason if finished else None,
+            stop_id=finished.stop_id if finished else None,
+            cached_tokens=live.request.cached_tokens or 0)
         live.delivered = True
         if finished:
             with self._lock:
-                del self._live[request_id]
+                del self._live[answer.request_id]
         live.handle.deliver(output)
 
-    def _post_abort(self, request_id: str) -> None:
-        self._inbox.put(lambda: self._abort(request_id))
-
-    def _abort(self, request_id: str) -> None:
-        if finished := self._scheduler.abort(request_id):
+    def _abort(self, request: Request) -> None:
+        live = self._live.get(request.request_id)
+        if live is None or live.request is not request:
+            return  # it has finished, and another may have its name by now
+        if finished := self._scheduler.abort(request.request_id):
             self._publish()
-            self._deliver(request_id, None, None, finished)
+            self._deliver(_Answer(request.request_id), finished)
 
     def _abort_all(self) -> None:
-        for request_id in list(self._live):
-            self._abort(request_id)
+        for live in list(self._live.values()):
+            self._abort(live.request)
 
     def _end(self, error: EngineError) -> None:
         """Nothing runs any more: drop what is left, with the error, and close the executor."""
@@ -270,11 +295,11 @@ class Engine:
                 live.handle.fail(error)
             self._executor.close()
 
-    def _count(self, answers: Sequence[tuple[str, int | None, TokenLogprobs | None]]) -> None:
+    def _count(self, answers: Sequence[_Answer]) -> None:
         self._steps += 1
-        for request_id, token, _ in answers:
-            live = self._live[request_id]
-            self._generation_tokens += token is not None
+        for answer in answers:
+            live = self._live[answer.request_id]
+            self._generation_tokens += answer.token is not None
             if not live.delivered:
                 self._prompt_tokens += live.request.prompt_length
                 self._cached_tokens += live.request.cached_tokens or 0
@@ -282,6 +307,13 @@ class Engine:
     def _publish(self) -> None:
         full, window = self._cache.full, self._cache.window
         self._stats = EngineStats(
-            self._scheduler.num_running, self._scheduler.num_waiting, full.held + window.held,
-            full.cached + window.cached, full.free + window.free, self._scheduler.preemptions, self._prompt_tokens,
-            self._cached_tokens, self._generation_tokens, self._steps)
+            requests_running=self._scheduler.num_running,
+            requests_waiting=self._scheduler.num_waiting,
+            kv_pages_held=full.held + window.held,
+            kv_pages_cached=full.cached + window.cached,
+            kv_pages_free=full.free + window.free,
+            preemptions=self._scheduler.preemptions,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generation_tokens=self._generation_tokens,
+            steps=self._steps)

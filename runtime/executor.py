@@ -20,8 +20,8 @@ Floats = npt.NDArray[np.float32]
 class Executor(Protocol):
     """One loaded model with its page pools.
 
-    page_size is in tokens; max_context is the longest sequence, in tokens. Page 0 of both pools belongs to nobody:
-    padding is written there. window_ring is W, the entries of a sequence's window table.
+    page_size is in tokens; max_context is the longest sequence, in tokens. Page 0 of both pools belongs to
+    nobody: padding is written there. window_ring is W, the entries of a sequence's window table.
     """
 
     config: ModelConfig
@@ -33,8 +33,8 @@ class Executor(Protocol):
     window_ring: int
 
     def run(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> Floats:
-        """Logits [R, V] of one step. `inputs` are described in `runtime/batch.py`; they are free to be overwritten
-        once this returns."""
+        """Logits [R, V] of one step. `inputs` are described in `runtime/batch.py`; they are free to be
+        overwritten once this returns."""
         ...
 
     def close(self) -> None: ...
@@ -53,5 +53,6 @@ def load_executor(artifact: Artifact, *, num_pages: int | None, max_num_seqs: in
         from gptoss_compile.runtime.executor_cuda import CudaExecutor
 
         return CudaExecutor.load(artifact, num_pages=num_pages, max_num_seqs=max_num_seqs)
-    raise ValueError(f"this artifact is for target {artifact.target!r}, which this version compiles for but cannot "
-                     "serve; compile for cpu or one of the sm targets instead")
+    raise ValueError(
+        f"this artifact is for target {artifact.target!r}, which this version compiles for but cannot serve; "
+        "compile for cpu or one of the sm targets instead")

@@ -1,9 +1,9 @@
 """Pages of keys and values: two pools with reference counts, and the pages one sequence holds.
 
-A page stores the keys and values of `page_size` consecutive tokens, for all full-attention layers (the full pool) or
-for all sliding-window layers (the window pool). A sequence's logical page g covers positions [g·B, (g+1)·B), B being
-the page size. It holds every full page from 0 on, but only the window pages that its next token can still see; these
-sit in a ring of W table entries, page g in entry g mod W.
+A page stores the keys and values of `page_size` consecutive tokens, for all full-attention layers (the full
+pool) or for all sliding-window layers (the window pool). A sequence's logical page g covers positions [g·B,
+(g+1)·B), B being the page size. It holds every full page from 0 on, but only the window pages that its next
+token can still see; these sit in a ring of W table entries, page g in entry g mod W.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gptoss_compile.runtime.executor import Executor, Ints
 class PagePool:
     """Pages 1 … num_pages-1, each in exactly one place.
 
-    *held*: referenced by at least one sequence. *cached*: referenced by none, but its content has a key under which
-    `find` gives it; the least recently released is taken when the free ones run out. *free*: neither.
+    *held*: referenced by at least one sequence. *cached*: referenced by none, but its content has a key under
+    which `find` gives it; the least recently released is taken when the free ones run out. *free*: neither.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -82,7 +82,7 @@ class PagePool:
         return self._page_of.get(key)
 
     def name(self, page: int, key: bytes) -> None:
-        """Give a held page's content a key. Content that already has a page, or a page a key, stays as it is."""
+        """Give a held page's content a key, unless either is already taken."""
         assert self.references[page] > 0
         if key not in self._page_of and page not in self._key_of:
             self._key_of[page] = key
@@ -91,7 +91,7 @@ class PagePool:
 
 @dataclass
 class SequencePages:
-    """What one running sequence holds: full pages [0, end) and window pages [window_start, end), as logical pages."""
+    """What one running sequence holds, in logical pages: full [0, end) and window [window_start, end)."""
 
     full_row: Ints  # [P] page ids; entries from `end` on mean nothing
     window_row: Ints  # [W] page ids, a ring
@@ -111,15 +111,18 @@ class KVCache:
         self.table = self.pages(executor.max_context)
         self.full = PagePool(executor.num_pages)
         self.window = PagePool(executor.num_window_pages)
-        # The most pages that the window of one token touches: its own, and those of the window-1 keys before its page.
+        # The most pages that one token's window touches: its own, and those of the window-1 keys before it.
         self.window_span = self.pages(self.window_tokens - 1) + 1
         if self.ring < self.window_span:
-            raise ValueError(f"the artifact's window ring of {self.ring} pages is smaller than the {self.window_span} "
-                             f"that a window of {self.window_tokens} tokens touches; compile with an extend bucket of "
-                             f"at least {self.page_size} tokens")
+            raise ValueError(
+                f"the artifact's window ring of {self.ring} pages is smaller than the {self.window_span} "
+                f"that a window of {self.window_tokens} tokens touches; compile with an extend bucket of at "
+                f"least {self.page_size} tokens"
+            )
         if self.full.capacity < 1 or self.window.capacity < min(self.window_span, self.table):
-            raise ValueError(f"{executor.num_pages} pages and {executor.num_window_pages} window pages (one of each is "
-                             f"reserved) cannot hold one sequence; give at least 2 and {self.window_span + 1}")
+            raise ValueError(
+                f"{executor.num_pages} pages and {executor.num_window_pages} window pages (one of each is "
+                f"reserved) cannot hold one sequence; give at least 2 and {self.window_span + 1}")
 
     def pages(self, length: int) -> int:
         """Pages that hold `length` tokens from position 0 on."""
@@ -128,8 +131,8 @@ class KVCache:
     def first_window_page(self, position: int) -> int:
         """The first window page to keep while `position` is the next token.
 
-        It is the first that a token at the start of the same page can see, so that a prefix cached up to that page
-        boundary stays usable. That costs no page more unless the window is no multiple of the page size.
+        It is the first that a token at the start of the same page can see, so that a prefix cached up to that
+        page boundary stays usable. That costs no page more unless the window is no multiple of the page size.
         """
         boundary = position // self.page_size * self.page_size
         return max(0, boundary - self.window_tokens + 1) // self.page_size
@@ -140,8 +143,8 @@ class KVCache:
     def grow(self, held: SequencePages, start: int, end: int) -> int:
         """Make room for the tokens at [start, end), or for as many of them as the pools and the ring allow.
 
-        Window pages that `start` no longer needs are released first. Returns the end reached; `start` means that not
-        one token fits.
+        Window pages that `start` no longer needs are released first. Returns the end reached; `start` means
+        that not one token fits.
         """
         first = self.first_window_page(start)
         for page in range(held.window_start, min(first, held.end)):

@@ -1,4 +1,4 @@
-"""How a request's answer leaves the engine: deltas, and a handle that any thread or event loop can wait on."""
+"""How an answer leaves the engine: as deltas, through a handle that any thread or event loop can wait on."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class RequestOutput:
 class RequestHandle:
     """One submitted request. Iterate it, with `for` or `async for`, from one consumer.
 
-    The engine never waits for the consumer: outputs that pile up come joined as one. Iteration ends after the output
-    with a finish_reason, and raises EngineError if the engine failed.
+    The engine never waits for the consumer: outputs that pile up come joined as one. Iteration ends after the
+    output with a finish_reason, and raises EngineError if the engine failed. Leaving it early does not abort.
     """
 
-    def __init__(self, request_id: str, prompt_tokens: int, abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, prompt_tokens: int, abort: Callable[[], None]) -> None:
         self.request_id = request_id
         self.prompt_tokens = prompt_tokens
         self._abort = abort
@@ -63,8 +63,8 @@ class RequestHandle:
         self._wake: Callable[[], object] | None = None
 
     def abort(self) -> None:
-        """End the request soon, whatever its state; its last output then has finish_reason `abort`. From any thread."""
-        self._abort(self.request_id)
+        """End the request soon, whatever its state; its last output then has finish_reason `abort`."""
+        self._abort()
 
     def result(self) -> RequestOutput:
         """The whole answer, waiting for its end."""
@@ -98,7 +98,7 @@ class RequestHandle:
                 return
 
     def _take(self, wake: Callable[[], object]) -> tuple[RequestOutput | None, bool]:
-        """What has piled up, if anything, and whether there may be more; with nothing, `wake` is called once there is."""
+        """What has piled up, and whether more may come. If nothing has, `wake` is called once it does."""
         with self._lock:
             if self._outputs:
                 output, self._outputs = reduce(RequestOutput.__add__, self._outputs), []
@@ -108,7 +108,7 @@ class RequestHandle:
             self._wake = None if self._ended else wake
             return None, not self._ended
 
-    # The engine's side -----------------------------------------------------------------------------------------------
+    # The engine's side --------------------------------------------------------------------------------------
 
     def deliver(self, output: RequestOutput) -> None:
         self._add(output, ended=output.finish_reason is not None)

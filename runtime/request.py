@@ -1,7 +1,7 @@
 """A request and the states it goes through.
 
-A state is a frozen value with only the fields that exist in it, and a transition is a method from one to the next, so a
-transition that does not exist cannot be written:
+A state is a frozen value with only the fields that exist in it, and a transition is a method from one to the
+next, so a transition that does not exist cannot be written:
 
     Waiting ──admit──▶ Running ──advance──▶ Running
        ▲  │              │  │
@@ -21,17 +21,20 @@ from gptoss_compile.runtime.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
 LogitsProcessor = Callable[[Sequence[int], Floats], None]
-"""Called before every choice with the ids generated so far and a copy of the logits, which it changes in place (-inf
-forbids an id). It must depend on its arguments alone and must not raise."""
+"""Called before every choice with the ids generated so far and a copy of the logits, which it changes in
+place (-inf forbids an id). It must depend on its arguments alone and must not raise."""
 
 
 @dataclass(eq=False)
 class Request:
-    """What stays with a request in all states. `tokens` is the prompt and then what was generated; it only grows.
+    """What stays with a request in all states.
 
-    max_tokens and seed are the effective ones: clamped to the context, and drawn where the user gave none. scored counts
-    the prompt positions whose logits have been turned into the next prompt token's log-probability. keys are the hashes
-    of the token blocks (prefix cache). cached_tokens is what the first admission found in the prefix cache.
+    tokens:        the prompt and then what was generated; it only grows.
+    max_tokens:    the effective one, clamped to the context. seed: drawn where the user gave none.
+    rank:          (priority, order of arrival); the lower one goes first.
+    scored:        prompt positions whose logits have become the next prompt token's log-probability.
+    keys:          hashes of the token blocks, for the prefix cache.
+    cached_tokens: what the first admission found in the prefix cache.
     """
 
     request_id: str
@@ -41,7 +44,7 @@ class Request:
     max_tokens: int
     seed: int
     stop_ids: frozenset[int]
-    rank: tuple[int, int]  # (priority, order of arrival): the lower one goes first
+    rank: tuple[int, int]
     salt: str = ""
     logits_processor: LogitsProcessor | None = None
     scored: int = 0
@@ -63,7 +66,7 @@ class Request:
 
     @property
     def reusable(self) -> int:
-        """Tokens that may come from the prefix cache: the last one, and those yet to be scored, need their logits."""
+        """Tokens that may come from the prefix cache: not the last nor those to score, whose logits count."""
         last = len(self.tokens) - 1
         return last if self.scored >= self.to_score else min(last, self.scored)
 
@@ -87,7 +90,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Running:
-    """computed: tokens [0, computed) have their keys and values in `pages`. stepped: the last step it was part of."""
+    """Tokens [0, computed) have their keys and values in `pages`. stepped: the last step it was part of."""
 
     request: Request
     pages: SequencePages

@@ -1,7 +1,8 @@
 """From logits to tokens and log-probabilities, in numpy.
 
-Work is vectorised over the vocabulary and loops over rows: a row (0.8 MB for 201,088 ids) fills a core's cache, and what
-a row gets depends on nothing but that row and its request, whatever else is in the batch. Shape suffix: V vocabulary.
+Work is vectorised over the vocabulary and loops over rows: a row (0.8 MB for 201,088 ids) fills a core's
+cache, and what a row gets depends on nothing but that row and its request, whatever else is in the batch.
+Shape suffix: V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class LogitsError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """log P(token_id | what precedes it), and the likeliest alternatives as (id, log-probability), likeliest first."""
+    """log P(token_id | what precedes it), and the likeliest (id, log-probability) pairs, likeliest first."""
 
     token_id: int
     logprob: float
@@ -31,8 +32,8 @@ class TokenLogprobs:
 
 
 class Sampler:
-    """vocab_limit: ids from it on (padding of the model's vocabulary, unknown to the tokenizer) are never chosen nor
-    listed; they do take part in the normalisation of log-probabilities."""
+    """vocab_limit: ids from it on (padding of the model's vocabulary, unknown to the tokenizer) are never
+    chosen nor listed; they do take part in the normalisation of log-probabilities."""
 
     def __init__(self, vocab_limit: int) -> None:
         self._limit = vocab_limit
@@ -42,23 +43,25 @@ class Sampler:
         scores_V = self._edited(logits_V[: self._limit], request)
         best = int(scores_V.argmax())  # the first NaN, if there is one
         if not math.isfinite(scores_V[best]):
-            raise LogitsError(f"request {request.request_id!r}, token {len(request.tokens)}: the largest logit is "
-                              f"{scores_V[best]}")
+            where = f"request {request.request_id!r}, token {len(request.tokens)}"
+            raise LogitsError(f"{where}: the largest logit is {scores_V[best]}")
         if request.params.greedy:
             return best
-        return draw(scores_V, float(scores_V[best]), request.params, uniform(request.seed, request.num_generated))
+        u = uniform(request.seed, request.num_generated)
+        return draw(scores_V, float(scores_V[best]), request.params, u)
 
     def logprobs(self, logits_V: Floats, token: int, count: int) -> TokenLogprobs:
-        """The token's log-probability with the `count` likeliest ids (of equals the lowest). Raises LogitsError."""
+        """The token's log-probability, and those of the `count` likeliest ids. Raises LogitsError."""
         peak = logits_V.max()
         if not math.isfinite(peak):
             raise LogitsError(f"the largest logit is {peak}")
         normaliser = float(peak) + math.log(np.exp(logits_V - peak).sum(dtype=np.float64))
-        top = tuple((int(i), float(logits_V[i]) - normaliser) for i in _largest(logits_V[: self._limit], count))
+        ids = _largest(logits_V[: self._limit], count)
+        top = tuple((i, float(logits_V[i]) - normaliser) for i in ids)
         return TokenLogprobs(token, float(logits_V[token]) - normaliser, top)
 
     def _edited(self, scores_V: Floats, request: Request) -> Floats:
-        """The logits after bias, penalties, min_tokens and the request's processor; a copy if any of them applies."""
+        """The logits after bias, penalties, min_tokens and the processor; a copy if any of them applies."""
         params, generated = request.params, request.num_generated
         hold_open = generated < params.min_tokens
         if not (params.logit_bias or hold_open or params.penalised or request.logits_processor):
@@ -79,8 +82,8 @@ class Sampler:
 def draw(scores_V: Floats, peak: float, params: SamplingParams, u: float) -> int:
     """The id at quantile u of the distribution that temperature, top_k, min_p and top_p make of the scores.
 
-    Each truncation is a floor on x = (score - peak) / temperature, so ids that tie at a floor stay or go together. In
-    this order: top_k, min_p (on the full distribution), then top_p on what these left.
+    Each truncation is a floor on x = (score - peak) / temperature, so ids that tie at a floor stay or go
+    together. In this order: top_k, min_p (on the full distribution), then top_p on what these left.
     """
     x_V = (scores_V - np.float32(peak)) / np.float32(params.temperature)
     floor = -math.inf
@@ -96,9 +99,9 @@ def draw(scores_V: Floats, peak: float, params: SamplingParams, u: float) -> int
 
 
 def _quantile(weights_V: Floats, u: float, block: int = 512) -> int:
-    """The first index at which the running sum of the weights exceeds u of their total; never one without weight.
+    """The first index at which the running sum of the weights exceeds u of their total.
 
-    Sums blocks first and then runs through one block: a full running sum in float64 would take ten times as long.
+    Sums blocks first, then runs through one block: a full running sum in float64 takes ten times as long.
     """
 
     def crossing(cumulative: npt.NDArray[np.float64], target: float) -> int:
@@ -116,7 +119,8 @@ def _nucleus_floor(x_V: Floats, top_p: float) -> float:
     """The smallest x of the smallest set of likeliest ids whose probabilities sum to at least top_p."""
     weights = np.exp(x_V)
     total = weights.sum(dtype=np.float64)
-    # Ids less likely than (1 - top_p) / V sum to less than 1 - top_p, so none of them is in the set: skip sorting them.
+    # Ids less likely than (1 - top_p) / V sum to less than 1 - top_p, so none of them is in the set: skip
+    # sorting them.
     x_V = np.sort(x_V[weights >= (1 - top_p) / x_V.size * total * 0.999])[::-1]
     cumulative = np.cumsum(np.exp(x_V), dtype=np.float64)
     return float(x_V[min(np.searchsorted(cumulative, top_p * total), x_V.size - 1)])

@@ -23,16 +23,19 @@ class SamplingParams:
     """Sampling parameters of one answer. Raises RequestError, which names the field and what it must be.
 
     temperature:        divides the logits; 0 is greedy.
-    top_p, top_k, min_p: keep the smallest set of tokens with that much probability; that many tokens; the tokens at
-                        least that likely relative to the likeliest one. Off: 1, 0 (or -1), 0.
-    presence_penalty, frequency_penalty: subtracted from the logit of a generated token, once, or once an occurrence.
-    seed:               the same seed gives the same tokens for the same logits, whatever else is in the batch.
-    max_tokens:         None means as many as the context holds; 0 only reads (and, with prompt_logprobs, scores) the
-                        prompt. min_tokens: ids that would stop the answer cannot be chosen before.
+    top_p, top_k, min_p: keep the smallest set of tokens with that much probability; that many tokens; the
+                        tokens at least that likely relative to the likeliest one. Off: 1, 0 (or -1), 0.
+    presence_penalty, frequency_penalty: subtracted from the logit of a generated token, once, or once an
+    occurrence.
+    seed:               the same seed gives the same tokens for the same logits, whatever else is in the
+                        batch.
+    max_tokens:         None means as many as the context holds; 0 only reads (and, with prompt_logprobs,
+                        scores) the prompt. min_tokens: ids that would stop the answer cannot be chosen
+                        before.
     stop_token_ids:     end the answer, beside the model's own end ids, which ignore_eos turns off.
-    logprobs, prompt_logprobs: how many of the likeliest alternatives come with the log-probability of every generated
-                        token, or of every prompt token; 0 gives the token's own alone. They are of the model's
-                        distribution, before temperature, penalties and masks.
+    logprobs, prompt_logprobs: how many of the likeliest alternatives come with the log-probability of every
+                        generated token, or of every prompt token; 0 gives the token's own alone. They are of
+                        the model's distribution, before temperature, penalties and masks.
     logit_bias:         token id -> what is added to its logit.
     """
 
@@ -55,7 +58,7 @@ class SamplingParams:
         self._number("temperature", 0.0, math.inf)
         self._number("top_p", 0.0, 1.0)
         if self.top_p == 0:
-            raise RequestError("top_p", "must be above 0 and at most 1; use temperature 0 for greedy decoding")
+            raise RequestError("top_p", "must be above 0; use temperature 0 for greedy decoding")
         self._integer("top_k", -1)
         self._number("min_p", 0.0, 1.0)
         self._number("presence_penalty", -2.0, 2.0)
@@ -67,7 +70,7 @@ class SamplingParams:
                 self._integer(name, 0)
         self._integer("min_tokens", 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise RequestError("min_tokens", f"({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
+            raise RequestError("min_tokens", f"{self.min_tokens} exceeds max_tokens ({self.max_tokens})")
         if not isinstance(self.ignore_eos, bool):
             raise RequestError("ignore_eos", f"must be true or false, found {self.ignore_eos!r}")
         self._token_ids()
@@ -84,7 +87,7 @@ class SamplingParams:
                     raise RequestError(name, f"token ids are integers of at least 0, found {token!r}")
         for token, bias in self.logit_bias.items():
             if not _is_number(bias) or not -100 <= bias <= 100:
-                raise RequestError("logit_bias", f"the bias of token {token} must be in [-100, 100], found {bias!r}")
+                raise RequestError("logit_bias", f"token {token}'s must be in [-100, 100], found {bias!r}")
 
     def _number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)

@@ -1,14 +1,18 @@
-"""Which tokens of which requests the next step computes. A pure state machine: no device, no clock, no thread.
+"""Which tokens of which requests the next step computes. A pure state machine: no device, clock or thread.
 
-`schedule` gives a step, the engine runs it and samples, `commit` takes the sampled tokens. In between nothing changes.
+`schedule` gives a step, the engine runs it and samples, `commit` takes the sampled tokens. In between nothing
+changes.
 
 The rules:
-- Requests are ranked by (priority, arrival). The waiting ones are admitted in that order, each only if the pages free or
-  reclaimable now hold all of its tokens, so that one blocked request is never overtaken for ever.
-- A step gives every generating sequence one token and the rest of its room to prompts, in rank order. Where the mixed
-  bucket has too few rows for all, steps with and without prompts alternate and the longest unserved sequences go first.
-- When a sequence gets no page, the lowest-ranked running one gives its pages up and waits again; what it had computed is
-  recomputed, or found in the prefix cache. The highest-ranked is never the victim of another and fits alone, so it
+- Requests are ranked by (priority, arrival). The waiting ones are admitted in that order, each only if the
+  pages free or reclaimable now hold all of its tokens, so that one blocked request is never overtaken for
+  ever.
+- A step gives every generating sequence one token and the rest of its room to prompts, in rank order. Where
+  the mixed bucket has too few rows for all, steps with and without prompts alternate and the longest unserved
+  sequences go first.
+- When a sequence gets no page, the lowest-ranked running one gives its pages up and waits again; what it had
+  computed is recomputed, or found in the prefix cache. The highest-ranked is never the victim of another and
+  fits alone, so it
   always finishes: no livelock.
 """
 
@@ -28,7 +32,8 @@ from gptoss_compile.runtime.request import Finished, FinishReason, Request, Runn
 class Chunk:
     """The tokens [start, end) of one sequence in one step.
 
-    scored: prompt positions whose logits are wanted. samples: whether the last token's logits choose the next token.
+    scored: prompt positions whose logits are wanted. samples: whether the last token's logits choose the next
+    token.
     """
 
     sequence: Running
@@ -63,17 +68,18 @@ class Step:
 
 
 class Scheduler:
-    """Admits, batches, preempts and finishes requests. Raises ValueError for limits that the buckets cannot serve."""
+    """Admits, batches, preempts and finishes requests. Raises ValueError for limits it cannot keep."""
 
     def __init__(self, buckets: Sequence[Bucket], cache: KVCache, prefix: PrefixCache, *, max_num_seqs: int,
                  max_num_batched_tokens: int) -> None:
-        for name, limit in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
-            if limit < 1:
-                raise ValueError(f"{name} must be at least 1, found {limit}")
+        if min(max_num_seqs, max_num_batched_tokens) < 1:
+            raise ValueError(f"max_num_seqs ({max_num_seqs}) and max_num_batched_tokens "
+                             f"({max_num_batched_tokens}) must be at least 1")
         extends = [bucket for bucket in buckets if bucket.kind == "extend"]
         if not extends:
-            raise ValueError("the artifact has no extend bucket, so prompts cannot be read; compile it with one")
-        self._buckets = sorted(buckets, key=lambda b: (b.tokens, b.kind != "decode", b.sequences))  # cheapest first
+            raise ValueError("the artifact has no extend bucket to read prompts with; compile it with one")
+        # Cheapest first.
+        self._buckets = sorted(buckets, key=lambda b: (b.tokens, b.kind != "decode", b.sequences))
         self._budget = max_num_batched_tokens
         self._mixed = max(extends, key=lambda b: (min(b.tokens, self._budget), b.sequences, -b.tokens))
         self._mixed_limit = min(self._mixed.tokens, self._mixed.sequences, self._mixed.rows, self._budget)
@@ -125,11 +131,11 @@ class Scheduler:
                 self._read_last = any(chunk.sequence.pending > 1 for chunk in chunks)
                 return Step(self._cheapest(chunks), tuple(chunks))
             # All that were picked gave up their pages to sequences that were not; those are picked next.
-        assert not self._waiting, "a request that does not fit alone was added"
+        assert not self._waiting
         return None
 
     def commit(self, step: Step, sampled: Sequence[int | None]) -> list[Finished]:
-        """Take a step's results: for each chunk the sampled token if it samples. Returns what finished by it."""
+        """Take for each chunk of a step the sampled token, if it samples. Returns what finished by it."""
         finished = []
         for chunk, token in zip(step.chunks, sampled, strict=True):
             request = chunk.sequence.request
@@ -146,7 +152,7 @@ class Scheduler:
                 finished.append(self._finish(running, *ending))
         return finished
 
-    # Admission -------------------------------------------------------------------------------------------------------
+    # Admission ----------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.max_num_seqs:
@@ -162,13 +168,13 @@ class Scheduler:
                 request.cached_tokens = computed
 
     def _fits(self, candidate: Running) -> bool:
-        """Whether the pools hold all tokens of the candidate beside those of the running, and one more page for each.
+        """Whether the pools hold all tokens of the running and the candidate, and a full page more for each.
 
         Alone it is let in regardless: it fits by itself, and chunks adapt to the pages there are.
         """
         if not self._running:
             return True
-        full = window = len(self._running) + 1
+        full, window = len(self._running) + 1, 0
         for running in (*self._running.values(), candidate):
             lacking = self._cache.shortage(running.pages, len(running.request.tokens))
             full, window = full + lacking[0], window + lacking[1]
@@ -177,10 +183,10 @@ class Scheduler:
     def _enqueue(self, waiting: Waiting) -> None:
         insort(self._waiting, waiting, key=lambda w: w.request.rank)
 
-    # Planning a step -------------------------------------------------------------------------------------------------
+    # Planning a step ----------------------------------------------------------------------------------------
 
     def _plan(self) -> list[Chunk]:
-        """Chunks for the picked sequences, in rank order, with their pages allocated. May preempt; may be empty."""
+        """Chunks of the picked sequences, in rank order, their pages allocated. May preempt; may be empty."""
         picked, mixed = self._pick()
         decodes = sum(r.pending == 1 for r in picked)
         spare_tokens = spare_rows = slots = 0  # beyond one token and row for each generating sequence
@@ -191,7 +197,9 @@ class Scheduler:
         chunks: list[Chunk] = []
         for running in picked:
             is_prompt = running.pending > 1
-            if running.request.request_id not in self._running or (is_prompt and not (slots and spare_tokens)):
+            if running.request.request_id not in self._running:
+                continue  # preempted for a higher-ranked one
+            if is_prompt and not (slots and spare_tokens):
                 continue
             end = running.computed + (min(running.pending, spare_tokens) if is_prompt else 1)
             end = self._allocate(running, _limit_rows(running, end, 1 + spare_rows))
@@ -215,12 +223,12 @@ class Scheduler:
     def _allocate(self, running: Running, end: int) -> int:
         """Give a sequence pages for tokens up to `end` or as far as they go; returns the end reached.
 
-        If there is none for even one token, lower-ranked sequences give theirs up, lastly the sequence itself (then the
-        end is where it was).
+        If there is none for even one token, lower-ranked sequences give theirs up, lastly the sequence itself
+        (then the end is where it was).
         """
         while (reached := self._cache.grow(running.pages, running.computed, end)) == running.computed:
             victim = max(self._running.values(), key=lambda r: r.request.rank)
-            assert victim is not running or len(self._running) > 1, "a request that does not fit alone was added"
+            assert victim is not running or len(self._running) > 1, "a request does not fit alone"
             self._preempt(victim)
             if victim is running:
                 break
@@ -261,6 +269,6 @@ def _chunk(running: Running, end: int) -> Chunk:
 
 def _limit_rows(running: Running, end: int, rows: int) -> int:
     """The largest end, at most the given one, whose chunk wants no more than `rows` (at least 1) rows."""
-    while (excess := _chunk(running, end).rows - rows) > 0:  # a token adds at most one row, so this never overshoots
-        end -= excess
+    while (excess := _chunk(running, end).rows - rows) > 0:
+        end -= excess  # a token adds at most one row, so this never overshoots
     return end

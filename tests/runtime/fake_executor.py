@@ -1,9 +1,9 @@
 """An executor that checks every page table it is given, and answers with a hash of all the keys it sees.
 
-Its "keys and values" are (token, position, history) in real page pools, where history chains all tokens up to that one,
-as a deep model's keys depend on everything before them. A key that is missing, misplaced, overwritten or of another
-sequence raises FaultyTables; the logits are a deterministic function of all visible (position, token) pairs, so that
-what slips through would change tokens.
+Its "keys and values" are (token, position, history) in real page pools, where history chains all tokens up to
+that one, as a deep model's keys depend on everything before them. A key that is missing, misplaced,
+overwritten or of another sequence raises FaultyTables; the logits are a deterministic function of all visible
+(position, token) pairs, so that what slips through would change tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +16,20 @@ import numpy as np
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.runtime.executor import Floats, Ints
 
-CONFIG = ModelConfig(num_layers=2, hidden=32, intermediate=32, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=2,
-                     experts_per_token=1, vocab_size=97, sliding_window=128, windowed=(True, False), eos_ids=(96, 95))
+CONFIG = ModelConfig(
+    num_layers=2,
+    hidden=32,
+    intermediate=32,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    num_experts=2,
+    experts_per_token=1,
+    vocab_size=97,
+    sliding_window=128,
+    windowed=(True, False),
+    eos_ids=(96, 95),
+)
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
 
@@ -56,11 +68,23 @@ def check(condition: bool | np.bool_, message: str) -> None:
 
 
 class FakeExecutor:
-    def __init__(self, *, buckets: tuple[Bucket, ...] | None = None, num_pages: int = 4096,
-                 num_window_pages: int = 4096, page_size: int = 16, window: int = 128, max_context: int = 4096,
-                 vocab_size: int = 97) -> None:
+    def __init__(
+        self,
+        *,
+        buckets: tuple[Bucket, ...] | None = None,
+        num_pages: int = 4096,
+        num_window_pages: int = 4096,
+        page_size: int = 16,
+        window: int = 128,
+        max_context: int = 4096,
+        vocab_size: int = 97,
+    ) -> None:
         self.config = replace(CONFIG, sliding_window=window, vocab_size=vocab_size)
-        self.buckets = buckets or (*(Bucket.decode(n) for n in (1, 4, 16)), Bucket.extend(32, 8), Bucket.extend(256, 16))
+        self.buckets = buckets or (
+            *(Bucket.decode(n) for n in (1, 4, 16)),
+            Bucket.extend(32, 8),
+            Bucket.extend(256, 16),
+        )
         self.page_size, self.max_context = page_size, max_context
         self.num_pages, self.num_window_pages = num_pages, num_window_pages
         self.window_ring = -(-(window + max(b.tokens for b in self.buckets)) // page_size)
@@ -85,7 +109,9 @@ class FakeExecutor:
         check((np.diff(sequences) >= 0).all() and sequences[0] == 0, "sequences ascend from 0")
         spans = [np.flatnonzero(sequences == s) for s in np.unique(sequences)]
         if bucket.kind == "decode":
-            check(all(len(span) == 1 and span[0] == i for i, span in enumerate(spans)), "one token a sequence")
+            check(
+                all(len(span) == 1 and span[0] == i for i, span in enumerate(spans)), "one token a sequence"
+            )
         self._check_written_once(spans, inputs)
         for span in spans:
             self._write(span, inputs)
@@ -99,8 +125,13 @@ class FakeExecutor:
 
     def _check_shapes(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> None:
         table = -(-self.max_context // self.page_size)
-        shapes = {"tokens": (bucket.tokens,), "positions": (bucket.tokens,), "sequences": (bucket.tokens,),
-                  "full_table": (bucket.sequences, table), "window_table": (bucket.sequences, self.window_ring)}
+        shapes = {
+            "tokens": (bucket.tokens,),
+            "positions": (bucket.tokens,),
+            "sequences": (bucket.tokens,),
+            "full_table": (bucket.sequences, table),
+            "window_table": (bucket.sequences, self.window_ring),
+        }
         if bucket.kind == "extend":
             shapes["rows"] = (bucket.rows,)
         check(bucket in self.buckets and set(inputs) == set(shapes), "names of the inputs")
@@ -110,7 +141,9 @@ class FakeExecutor:
                             ("tokens", self.config.vocab_size), ("sequences", bucket.sequences)):
             check((inputs[name] >= 0).all() and (inputs[name] < limit).all(), f"range of {name}")
 
-    def _slots(self, name: str, span: np.ndarray, inputs: Mapping[str, Ints], positions: np.ndarray) -> np.ndarray:
+    def _slots(
+        self, name: str, span: np.ndarray, inputs: Mapping[str, Ints], positions: np.ndarray
+    ) -> np.ndarray:
         table = inputs[name][inputs["sequences"][span[0]]]
         pages = table[(positions // self.page_size) % len(table)].astype(np.int64)
         check((pages > 0).all(), f"a live position is in the null page of {name}")
@@ -118,11 +151,19 @@ class FakeExecutor:
 
     def _check_written_once(self, spans: list[np.ndarray], inputs: Mapping[str, Ints]) -> None:
         for name in ("full_table", "window_table"):
-            slots = [self._slots(name, span, inputs, inputs["positions"][span].astype(np.int64)) for span in spans]
-            check(len(np.unique(np.concatenate(slots))) == sum(map(len, slots)), f"{name}: a slot is written twice")
+            slots = [
+                self._slots(name, span, inputs, inputs["positions"][span].astype(np.int64)) for span in spans
+            ]
+            check(
+                len(np.unique(np.concatenate(slots))) == sum(map(len, slots)),
+                f"{name}: a slot is written twice",
+            )
 
     def _write(self, span: np.ndarray, inputs: Mapping[str, Ints]) -> None:
-        positions, tokens = inputs["positions"][span].astype(np.int64), inputs["tokens"][span].astype(np.int64)
+        positions, tokens = (
+            inputs["positions"][span].astype(np.int64),
+            inputs["tokens"][span].astype(np.int64),
+        )
         check((np.diff(positions) == 1).all(), "positions of a sequence are consecutive")
         history = np.zeros(len(span) + 1, np.uint64)
         if positions[0] > 0:
@@ -136,7 +177,8 @@ class FakeExecutor:
             pool.position[slots], pool.token[slots], pool.history[slots] = positions, tokens, history[1:]
 
     def _attend(self, span: np.ndarray, inputs: Mapping[str, Ints]) -> np.ndarray:
-        """The hash state of each token of one sequence, of all keys that it sees, every one of them checked."""
+        """The hash state of each token of one sequence, of all keys that it sees, every one of them
+        checked."""
         positions = inputs["positions"][span].astype(np.int64)
         every = np.arange(positions[-1] + 1)
         slots = self._slots("full_table", span, inputs, every)
@@ -154,7 +196,10 @@ class FakeExecutor:
         slot_of = np.zeros(positions[-1] + 1, np.int64)
         slot_of[wanted] = self._slots("window_table", span, inputs, wanted)
         at = slot_of[np.maximum(keys, 0)]
-        check((self.window.position[at] == keys)[visible].all(), "window attention: a key is missing or misplaced")
+        check(
+            (self.window.position[at] == keys)[visible].all(),
+            "window attention: a key is missing or misplaced",
+        )
         check((self.window.history[at] == history[np.maximum(keys, 0)])[visible].all(), "window: foreign key")
         near = np.where(visible, pairs(np.maximum(keys, 0), self.window.token[at], 0x2545F491), np.uint64(0))
         return mix(seen + mix(near.sum(axis=1, dtype=np.uint64)))

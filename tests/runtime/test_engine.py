@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fake_executor import FakeExecutor
+
 from gptoss_compile.config import Bucket
 from gptoss_compile.runtime.engine import Engine
+from gptoss_compile.runtime.executor import load_executor
 from gptoss_compile.runtime.outputs import EngineError, RequestOutput
 from gptoss_compile.runtime.sampling_params import RequestError, SamplingParams
 
@@ -62,7 +67,7 @@ def test_outputs_come_one_by_one_and_add_up(engine: Engine) -> None:
     assert len(outputs[0].prompt_logprobs) == 3 and all(o.prompt_logprobs is None for o in outputs[1:])
     assert all(o.finish_reason is None for o in outputs[:-1])
     first = (total.logprobs or ())[0]
-    assert first.top[0] == (first.token_id, first.logprob) and len(first.top) == 2  # greedy takes the likeliest
+    assert first.top[0] == (first.token_id, first.logprob) and len(first.top) == 2
     assert handle.prompt_tokens == 3 and list(handle) == []
 
 
@@ -226,7 +231,9 @@ def test_prompts_that_cannot_be_served(engine: Engine, prompt: list[int], messag
 def test_the_pages_bound_a_request_that_the_context_would_allow() -> None:
     engine = make_engine(num_pages=1 + 4)
     assert engine.max_model_len == 64
-    with pytest.raises(RequestError, match=r"has 64 tokens, but the KV cache \(--kv-pages\) leaves room for 63"):
+    with pytest.raises(
+        RequestError, match=r"has 64 tokens, but the KV cache \(--kv-pages\) leaves room for 63"
+    ):
         engine.submit([1] * 64, GREEDY)
     assert engine.submit([1] * 64, replace(GREEDY, max_tokens=0)).result().finish_reason == "length"
     answer = engine.submit([1] * 10, replace(GREEDY, max_tokens=131072)).result()
@@ -242,7 +249,9 @@ def test_stop_ids_end_ids_and_min_tokens(engine: Engine) -> None:
     first = free.index(stop)
     got = engine.submit(prompt, replace(GREEDY, stop_token_ids=[stop])).result()  # type: ignore[arg-type]
     assert (got.token_ids, got.finish_reason, got.stop_id) == (free[: first + 1], "stop", stop)
-    held = engine.submit(prompt, replace(GREEDY, max_tokens=60, stop_token_ids=(stop,), min_tokens=20)).result()
+    held = engine.submit(
+        prompt, replace(GREEDY, max_tokens=60, stop_token_ids=(stop,), min_tokens=20)
+    ).result()
     assert stop not in held.token_ids[:20] and len(held.token_ids) >= 20
     biased = replace(GREEDY, ignore_eos=False, logit_bias={96: 100})
     assert engine.submit(prompt, biased).result().stop_id == 96
@@ -258,7 +267,9 @@ def test_a_logits_processor_sees_what_was_generated(engine: Engine) -> None:
         logits[:] = -np.inf
         logits[40 + len(generated)] = allowed
 
-    got = engine.submit([1], replace(GREEDY, temperature=1.0, logprobs=0), logits_processor=only_next).result()
+    got = engine.submit(
+        [1], replace(GREEDY, temperature=1.0, logprobs=0), logits_processor=only_next
+    ).result()
     assert got.token_ids == tuple(range(40, 48)) and seen[3] == [40, 41, 42]
     assert all(lp.logprob > -20 for lp in got.logprobs or ()), "log-probabilities are the model's own"
 
@@ -274,6 +285,20 @@ def test_statistics_prefix_hits_and_names(engine: Engine) -> None:
     stats = engine.stats()
     assert (stats.prompt_tokens, stats.cached_tokens, stats.generation_tokens) == (900, 288, 24)
     assert stats.kv_pages_held == 0 and stats.kv_pages_cached > 36 and stats.kv_pages_free > 8000
+
+
+def test_a_late_abort_does_not_hit_the_next_request_of_that_name() -> None:
+    executor = Gate()
+    engine = Engine(executor, max_num_seqs=1, max_num_batched_tokens=256)
+    engine.start()
+    executor.open(8)
+    first = engine.submit([1], GREEDY, request_id="a")
+    first.result()
+    second = engine.submit([1], GREEDY, request_id="a")
+    first.abort()
+    executor.open(8)
+    assert second.result().finish_reason == "length"
+    engine.shutdown()
 
 
 def test_a_name_in_use_is_refused() -> None:
@@ -300,7 +325,9 @@ def test_submitting_from_many_threads(engine: Engine) -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert [results[i].token_ids for i in range(40)] == [engine.submit(p, GREEDY).result().token_ids for p in prompts]
+    assert [results[i].token_ids for i in range(40)] == [
+        engine.submit(p, GREEDY).result().token_ids for p in prompts
+    ]
 
 
 def test_sampling_does_not_depend_on_the_batch(engine: Engine) -> None:
@@ -315,12 +342,25 @@ def test_sampling_does_not_depend_on_the_batch(engine: Engine) -> None:
 
 
 def test_buckets_are_the_cheapest_that_fit() -> None:
-    executor = FakeExecutor(buckets=(Bucket.decode(1), Bucket.decode(4), Bucket.extend(32, 4), Bucket.extend(256, 4)))
+    executor = FakeExecutor(
+        buckets=(Bucket.decode(1), Bucket.decode(4), Bucket.extend(32, 4), Bucket.extend(256, 4))
+    )
     engine = Engine(executor, max_num_seqs=4, max_num_batched_tokens=256)
     engine.start()
     engine.submit([1] * 280, replace(GREEDY, max_tokens=2)).result()
     assert [bucket.name for bucket, _ in executor.ran] == ["extend-256x4", "extend-32x4", "decode-1"]
     engine.shutdown()
+
+
+def test_serving_loads_neither_torch_nor_triton() -> None:
+    code = ("import sys, gptoss_compile.runtime.engine, gptoss_compile.runtime.executor; "
+            "print([m for m in ('torch', 'triton', 'gptoss_compile.dialect') if m in sys.modules])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_artifact_that_nothing_can_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="target 'gfx950', which this version compiles for but cannot serve"):
+        load_executor(SimpleNamespace(target="gfx950"), num_pages=None, max_num_seqs=1)  # type: ignore[arg-type]
 
 
 def until(condition, timeout: float = 5.0) -> None:  # type: ignore[no-untyped-def]

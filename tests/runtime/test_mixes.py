@@ -1,4 +1,5 @@
-"""Random mixes of requests on the checking executor: each answer equals its run alone, and every page comes back."""
+"""Random mixes of requests on the checking executor: each answer equals its run alone, and every page comes
+back."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from fake_executor import FakeExecutor
+
 from gptoss_compile.config import Bucket
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.outputs import RequestOutput
@@ -24,9 +26,17 @@ BUCKETS = {
 def random_params(rng: random.Random) -> SamplingParams:
     params = SamplingParams(temperature=0, max_tokens=rng.choice((1, 2, 17, 60, 150)))
     if rng.random() < 0.5:
-        params = replace(params, temperature=rng.uniform(0.3, 2), top_p=rng.choice((1.0, 0.9)), seed=rng.randrange(2**32),
-                         top_k=rng.choice((0, 10)), min_p=rng.choice((0.0, 0.05)), logprobs=rng.choice((None, 0, 3)),
-                         presence_penalty=rng.choice((0.0, 0.7)), frequency_penalty=rng.choice((0.0, 0.3)))
+        params = replace(
+            params,
+            temperature=rng.uniform(0.3, 2),
+            top_p=rng.choice((1.0, 0.9)),
+            seed=rng.randrange(2**32),
+            top_k=rng.choice((0, 10)),
+            min_p=rng.choice((0.0, 0.05)),
+            logprobs=rng.choice((None, 0, 3)),
+            presence_penalty=rng.choice((0.0, 0.7)),
+            frequency_penalty=rng.choice((0.0, 0.3)),
+        )
     if rng.random() < 0.2:
         params = replace(params, prompt_logprobs=rng.choice((0, 2)), max_tokens=rng.choice((0, 5)))
     if rng.random() < 0.2:
@@ -38,7 +48,9 @@ def random_prompts(rng: random.Random, count: int, longest: int) -> list[Prompt]
     """Fresh prompts, continuations of earlier ones, and repetitions; often around the window's edge."""
     prompts: list[Prompt] = []
     for _ in range(count):
-        length = rng.choice((rng.randint(1, longest), rng.randint(1, 40), rng.randint(120, 140), 16 * rng.randint(1, 9)))
+        length = rng.choice(
+            (rng.randint(1, longest), rng.randint(1, 40), rng.randint(120, 140), 16 * rng.randint(1, 9))
+        )
         prompt = [rng.randrange(95) for _ in range(min(length, longest))]
         if prompts and rng.random() < 0.4:
             shared = rng.choice(prompts)
@@ -73,7 +85,11 @@ def test_every_answer_equals_its_run_alone(buckets: str, pages: str) -> None:
     expected = alone(prompts, params)
     demand = sum(len(p) + len(e.token_ids) for p, e in zip(prompts, expected, strict=True)) // 16
     window_pages = {"plenty": 2000, "tenth": 40, "barely one": 10}[pages]
-    num_pages = {"plenty": 4000, "tenth": max(demand // 10, 140), "barely one": 1 + -(-(longest + 150) // 16)}[pages]
+    num_pages = {
+        "plenty": 4000,
+        "tenth": max(demand // 10, 140),
+        "barely one": 1 + -(-(longest + 150) // 16),
+    }[pages]
     executor = FakeExecutor(buckets=BUCKETS[buckets], num_pages=num_pages, num_window_pages=window_pages)
     engine = Engine(executor, max_num_seqs=16, max_num_batched_tokens=rng.choice((40, 256)),
                     enable_prefix_caching=rng.random() < 0.8)
@@ -104,12 +120,20 @@ def test_preemption_happens_and_is_invisible() -> None:
     """Six answers that together outgrow the pages, of which prompts alone would all fit."""
     rng = random.Random(7)
     prompts = [[rng.randrange(95) for _ in range(60)] for _ in range(6)]
-    params = [SamplingParams(temperature=0.9, seed=i, max_tokens=200, ignore_eos=True, presence_penalty=0.5, logprobs=1)
-              for i in range(6)]
+    params = [
+        SamplingParams(
+            temperature=0.9, seed=i, max_tokens=200, ignore_eos=True, presence_penalty=0.5, logprobs=1
+        )
+        for i in range(6)
+    ]
     expected = alone(prompts, params)
     for caching in (True, False):
-        engine = Engine(FakeExecutor(num_pages=51, num_window_pages=200), max_num_seqs=8, max_num_batched_tokens=256,
-                        enable_prefix_caching=caching)
+        engine = Engine(
+            FakeExecutor(num_pages=51, num_window_pages=200),
+            max_num_seqs=8,
+            max_num_batched_tokens=256,
+            enable_prefix_caching=caching,
+        )
         engine.start()
         handles = [engine.submit(p, q) for p, q in zip(prompts, params, strict=True)]
         assert [answer(h.result()) for h in handles] == [answer(e) for e in expected]
@@ -121,7 +145,8 @@ def test_preemption_happens_and_is_invisible() -> None:
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 143, 144, 145, 255, 256, 257])
 @pytest.mark.parametrize("chunk", [16, 127, 128, 129])
 def test_chunk_edges(length: int, chunk: int) -> None:
-    """Prompts cut into chunks of a fixed size, around the window's and the pages' edges, read as in one piece."""
+    """Prompts cut into chunks of a fixed size, around the window's and the pages' edges, read as in one
+    piece."""
     prompt = [(i * 31 + length) % 95 for i in range(length)]
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, prompt_logprobs=1)
     executor = FakeExecutor(buckets=(Bucket.decode(1), Bucket("extend", 256, 2, 256)))

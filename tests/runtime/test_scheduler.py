@@ -7,6 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 from fake_executor import FakeExecutor
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from gptoss_compile.config import Bucket
 from gptoss_compile.runtime.batch import StepInputs
 from gptoss_compile.runtime.kv_cache import KVCache, PagePool
@@ -14,15 +18,14 @@ from gptoss_compile.runtime.prefix_cache import PrefixCache
 from gptoss_compile.runtime.request import Finished, Request
 from gptoss_compile.runtime.sampling_params import SamplingParams
 from gptoss_compile.runtime.scheduler import Scheduler, Step
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 
 class Bench:
     """A scheduler driven by hand on a FakeExecutor, with its invariants checked around every step."""
 
-    def __init__(self, executor: FakeExecutor, *, max_num_seqs: int = 8, budget: int = 256, caching: bool = True) -> None:
+    def __init__(
+        self, executor: FakeExecutor, *, max_num_seqs: int = 8, budget: int = 256, caching: bool = True
+    ) -> None:
         self.executor = executor
         self.cache = KVCache(executor)
         self.scheduler = Scheduler(executor.buckets, self.cache, PrefixCache(self.cache, enabled=caching),
@@ -35,9 +38,15 @@ class Bench:
     def add(self, prompt: list[int], max_tokens: int = 4, *, priority: int = 0, score: bool = False,
             stop_ids: tuple[int, ...] = (96,)) -> Request:
         request = Request(
-            f"r{self.arrivals}", list(prompt), len(prompt),
-            SamplingParams(temperature=0, max_tokens=max_tokens, prompt_logprobs=0 if score else None), max_tokens,
-            0, frozenset(stop_ids), (priority, self.arrivals))
+            f"r{self.arrivals}",
+            list(prompt),
+            len(prompt),
+            SamplingParams(temperature=0, max_tokens=max_tokens, prompt_logprobs=0 if score else None),
+            max_tokens,
+            0,
+            frozenset(stop_ids),
+            (priority, self.arrivals),
+        )
         self.arrivals += 1
         self.scheduler.add(request)
         return request
@@ -76,10 +85,18 @@ class Bench:
         assert step.chunks and len({r.request_id for r in requests}) == len(requests)
         assert [r.rank for r in requests] == sorted(r.rank for r in requests)
         assert tokens <= min(step.bucket.tokens, self.budget) and rows <= step.bucket.rows
-        assert len(requests) <= step.bucket.sequences and self.scheduler.num_running <= self.scheduler.max_num_seqs
+        assert (
+            len(requests) <= step.bucket.sequences
+            and self.scheduler.num_running <= self.scheduler.max_num_seqs
+        )
         cheaper = [b for b in self.executor.buckets if b.tokens < step.bucket.tokens]
-        assert not any(b.tokens >= tokens and b.sequences >= len(requests) and b.rows >= rows
-                       and (b.kind == "extend" or tokens == len(requests)) for b in cheaper), "not the cheapest bucket"
+        assert not any(
+            b.tokens >= tokens
+            and b.sequences >= len(requests)
+            and b.rows >= rows
+            and (b.kind == "extend" or tokens == len(requests))
+            for b in cheaper
+        ), "not the cheapest bucket"
         size = self.cache.page_size
         for chunk in step.chunks:
             pages = chunk.sequence.pages
@@ -89,7 +106,9 @@ class Bench:
             for page in range(chunk.start // size, self.cache.pages(chunk.end)):
                 for pool, row in ((self.cache.full, pages.full_row), (self.cache.window, pages.window_row)):
                     written = int(row[page % len(row)])
-                    assert pool.references[written] == 1 and written not in pool._key_of, "a shared page is written"
+                    assert pool.references[written] == 1 and written not in pool._key_of, (
+                        "a shared page is written"
+                    )
 
     def check_pools(self) -> None:
         full: Counter[int] = Counter()
@@ -97,7 +116,9 @@ class Bench:
         for running in self.scheduler.running:
             pages = running.pages
             full.update(pages.full_row[: pages.end].tolist())
-            window.update(int(pages.window_row[p % self.cache.ring]) for p in range(pages.window_start, pages.end))
+            window.update(
+                int(pages.window_row[p % self.cache.ring]) for p in range(pages.window_start, pages.end)
+            )
         for pool, holders in ((self.cache.full, full), (self.cache.window, window)):
             check_pool(pool, holders)
 
@@ -114,15 +135,37 @@ def check_pool(pool: PagePool, holders: Counter[int]) -> None:
 class SchedulerMachine(RuleBasedStateMachine):
     """Small pages, windows and pools, so that a few operations reach every corner."""
 
-    @initialize(page_size=st.sampled_from((1, 2, 4)), window=st.integers(1, 9), spare_pages=st.integers(0, 12),
-                spare_window=st.integers(0, 12), sequences=st.integers(1, 5), budget=st.integers(1, 20),
-                caching=st.booleans(), extend=st.sampled_from(((16, 1, 16), (16, 3, 4), (8, 8, 8), (20, 2, 2))))
-    def build(self, page_size: int, window: int, spare_pages: int, spare_window: int, sequences: int, budget: int,
-              caching: bool, extend: tuple[int, int, int]) -> None:
+    @initialize(
+        page_size=st.sampled_from((1, 2, 4)),
+        window=st.integers(1, 9),
+        spare_pages=st.integers(0, 12),
+        spare_window=st.integers(0, 12),
+        sequences=st.integers(1, 5),
+        budget=st.integers(1, 20),
+        caching=st.booleans(),
+        extend=st.sampled_from(((16, 1, 16), (16, 3, 4), (8, 8, 8), (20, 2, 2))),
+    )
+    def build(
+        self,
+        page_size: int,
+        window: int,
+        spare_pages: int,
+        spare_window: int,
+        sequences: int,
+        budget: int,
+        caching: bool,
+        extend: tuple[int, int, int],
+    ) -> None:
         span = -(-(window - 1) // page_size) + 1
         buckets = (Bucket.decode(1), Bucket.decode(4), Bucket("extend", 4, 1, 4), Bucket("extend", *extend))
-        executor = FakeExecutor(buckets=buckets, page_size=page_size, window=window, max_context=40,
-                                num_pages=1 + 40 // page_size + spare_pages, num_window_pages=1 + span + spare_window)
+        executor = FakeExecutor(
+            buckets=buckets,
+            page_size=page_size,
+            window=window,
+            max_context=40,
+            num_pages=1 + 40 // page_size + spare_pages,
+            num_window_pages=1 + span + spare_window,
+        )
         self.bench = Bench(executor, max_num_seqs=sequences, budget=budget, caching=caching)
         self.total = 0
 
@@ -130,7 +173,9 @@ class SchedulerMachine(RuleBasedStateMachine):
           priority=st.sampled_from((0, 0, 1)), score=st.booleans())
     def add(self, length: int, family: int, max_tokens: int, priority: int, score: bool) -> None:
         """Prompts of one family are prefixes of each other."""
-        self.bench.add([(i * (family + 3)) % 95 for i in range(length)], max_tokens, priority=priority, score=score)
+        self.bench.add(
+            [(i * (family + 3)) % 95 for i in range(length)], max_tokens, priority=priority, score=score
+        )
         self.total += length + max_tokens
 
     @rule(count=st.integers(1, 8))
@@ -177,7 +222,11 @@ def test_a_step_mixes_generating_sequences_with_a_prompt() -> None:
     bench.step()
     bench.add(prompt(600, 1), 50)
     step = bench.step()
-    assert step is not None and [c.tokens for c in step.chunks] == [1, 255] and step.bucket == Bucket.extend(256, 16)
+    assert (
+        step is not None
+        and [c.tokens for c in step.chunks] == [1, 255]
+        and step.bucket == Bucket.extend(256, 16)
+    )
 
 
 def test_generating_sequences_are_served_while_prompts_keep_coming() -> None:
@@ -266,13 +315,16 @@ def test_the_next_turn_hits_the_end_of_the_answer_and_a_shared_beginning_the_chu
     turn = bench.add([*first.tokens, *prompt(30)], 3)
     bench.drain(10)
     assert turn.cached_tokens == (len(first.tokens) - 1) // 16 * 16
-    shared = bench.add([*prompt(700)[:300], *prompt(100, 9)], 3)  # diverges after the first chunk's end at 256
+    shared = bench.add(
+        [*prompt(700)[:300], *prompt(100, 9)], 3
+    )  # diverges after the first chunk's end at 256
     bench.drain(10)
     assert shared.cached_tokens == 256
 
 
 def test_a_hit_needs_the_window_pages() -> None:
-    """Other prompts push the window pages out of their small pool while all full pages stay: no hit, same answer."""
+    """Other prompts push the window pages out of their small pool while all full pages stay: no hit, same
+    answer."""
     bench = Bench(FakeExecutor(num_window_pages=1 + 30))
     bench.add(prompt(400), 3)
     bench.drain(10)
@@ -281,7 +333,10 @@ def test_a_hit_needs_the_window_pages() -> None:
         bench.drain(10)
     again = bench.add(prompt(400), 3)
     bench.drain(10)
-    assert again.cached_tokens == 0 and bench.finished["r5"].request.tokens == bench.finished["r0"].request.tokens
+    assert (
+        again.cached_tokens == 0
+        and bench.finished["r5"].request.tokens == bench.finished["r0"].request.tokens
+    )
     assert bench.cache.full.find(again.keys[0]) is not None
 
 
@@ -289,7 +344,9 @@ def test_salts_and_scores_keep_prompts_apart() -> None:
     bench = Bench(FakeExecutor())
     bench.add(prompt(200), 1)
     bench.drain(10)
-    salted = Request("salted", prompt(200), 200, SamplingParams(max_tokens=1), 1, 0, frozenset(), (0, 99), salt="b")
+    salted = Request(
+        "salted", prompt(200), 200, SamplingParams(max_tokens=1), 1, 0, frozenset(), (0, 99), salt="b"
+    )
     bench.scheduler.add(salted)
     scored = bench.add(prompt(200), 1, score=True)
     bench.drain(20)
@@ -310,7 +367,7 @@ def test_pages_of_a_beginning_outlive_those_of_its_end() -> None:
 def test_limits_that_cannot_work_are_refused_with_a_cure() -> None:
     with pytest.raises(ValueError, match="no extend bucket"):
         Bench(FakeExecutor(buckets=(Bucket.decode(4),)))
-    with pytest.raises(ValueError, match="max_num_seqs must be at least 1"):
+    with pytest.raises(ValueError, match=r"max_num_seqs \(0\) .* at least 1"):
         Bench(FakeExecutor(), max_num_seqs=0)
     with pytest.raises(ValueError, match="at least 2 and 10"):
         Bench(FakeExecutor(num_window_pages=9))
