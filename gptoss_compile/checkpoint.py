@@ -116,13 +116,13 @@ class _Files(Checkpoint):
         path, entry = self._entries[placement.name]
         if not placement.transposed:
             return self._load(path, placement, entry, start, stop)
-        rows = torch.empty((stop - start, *self.logical[name].shape[1:]), dtype=self.torch_dtype(entry))
+        rows = torch.empty((stop - start, *self.logical[name].shape[1:]), dtype=self._torch_dtype(entry))
         for i in range(start, stop):  # one expert at a time, so that no second copy of the whole exists
             rows[i - start] = self._load(path, placement, entry, i, i + 1)[0].T
         return rows
 
     @staticmethod
-    def torch_dtype(entry: Entry) -> torch.dtype:
+    def _torch_dtype(entry: Entry) -> torch.dtype:
         return torch.float32 if entry.dtype == "F16" else _TORCH[entry.dtype]
 
     @staticmethod

@@ -133,6 +133,15 @@ def test_the_safetensors_library_reads_packs(tmp_path: Path, seed: int, make: Si
     assert load_file(path).keys() == checkpoint.logical.keys()
 
 
+def test_every_array_is_aligned(tmp_path: Path, seed: int, make: SimpleNamespace) -> None:
+    """Whatever odd sizes come first."""
+    checkpoint = Checkpoint.random(make.config(seed), seed)
+    recipes = [{"name": f"{dtype}{i}", "values": [1.0] * 3, "dtype": dtype, "shape": [3]}
+               for i in range(2) for dtype in ("u8", "bf16", "fp32", "i32")]
+    for name, array in write(tmp_path / "a", checkpoint, [recipes], make).open_weights():
+        assert array.flags.aligned and array.tolist() == [0x3F80 if name.startswith("bf16") else 1] * 3, name
+
+
 @pytest.mark.parametrize("mode", ["zip", "random:", "random:x", "random:-1", ""])
 def test_unknown_mode(tmp_path: Path, seed: int, mode: str, make: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="pack, link or random:SEED"):
