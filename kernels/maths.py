@@ -1,4 +1,4 @@
-"""Maths that several twins share, in plain PyTorch and fp32. Shape suffixes: see gptoss_compile/dialect.py."""
+"""Maths that several twins share, in plain PyTorch and fp32. Shape suffixes as in gptoss_compile/dialect.py."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ def swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
 
     g = min(gate, limit), u = clamp(up, ±limit): g · sigmoid(alpha · g) · (u + 1).
     """
-    gate, up = gate_up.unflatten(-1, (-1, 2)).unbind(-1)
+    gate, up = gate_up.reshape(*gate_up.shape[:-1], -1, 2).unbind(-1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
 def expert_weights(weight: Tensor, scales: Tensor | None) -> Tensor:
-    """fp32 weights [..., N, K] of MXFP4 blocks [..., N, K/32, 16] with their scales, or of plain weights (no scales)."""
+    """fp32 weights [..., N, K] of MXFP4 blocks [..., N, K/32, 16] and their scales, or of plain weights."""
     return weight.float() if scales is None else dialect.mxfp4_dequantize(weight, scales, torch.float32)
 
 
-def experts_up(x_TH: Tensor, ids_TA: Tensor, weight: Tensor, scales: Tensor | None, bias_EN: Tensor) -> Tensor:
+def experts_up(x_TH: Tensor, ids_TA: Tensor, weight: Tensor, scales: Tensor | None,
+               bias_EN: Tensor) -> Tensor:
     """W[e] x + b[e] for the A experts of each token: [T, A, N] fp32.
 
     With few pairs only their experts are dequantised, with many every expert once.
@@ -39,7 +40,7 @@ def experts_up(x_TH: Tensor, ids_TA: Tensor, weight: Tensor, scales: Tensor | No
     tokens, top_k = ids.shape
     if tokens * top_k >= weight.shape[0]:
         dense_ENH = expert_weights(weight, scales)
-        all_TEN = (x_TH.float() @ dense_ENH.flatten(0, 1).T).unflatten(-1, dense_ENH.shape[:2])
+        all_TEN = (x_TH.float() @ dense_ENH.flatten(0, 1).T).reshape(tokens, *dense_ENH.shape[:2])
         y = all_TEN.gather(1, ids.unsqueeze(-1).expand(-1, -1, all_TEN.shape[-1]))
     else:
         chosen = expert_weights(weight[ids], None if scales is None else scales[ids])  # [T, A, N, H]
@@ -47,7 +48,8 @@ def experts_up(x_TH: Tensor, ids_TA: Tensor, weight: Tensor, scales: Tensor | No
     return y + bias_EN.float()[ids]
 
 
-def experts_down(h_TAI: Tensor, ids_TA: Tensor, weight: Tensor, scales: Tensor | None, bias_EH: Tensor) -> Tensor:
+def experts_down(h_TAI: Tensor, ids_TA: Tensor, weight: Tensor, scales: Tensor | None,
+                 bias_EH: Tensor) -> Tensor:
     """W[e] h + b[e] for each (token, expert) pair: [T, A, H] fp32."""
     ids = ids_TA.long()
     tokens, top_k, inner = h_TAI.shape
@@ -71,4 +73,4 @@ def ids_of_order(order_ET: Tensor, top_k: int) -> Tensor:
     index = torch.where(order_ET >= 0, order_ET, pairs).long().flatten()
     expert = torch.arange(experts, dtype=torch.int32, device=order_ET.device).repeat_interleave(tokens)
     ids = torch.zeros(pairs + 1, dtype=torch.int32, device=order_ET.device).scatter(0, index, expert)
-    return ids[:pairs].unflatten(0, (tokens, top_k))
+    return ids[:pairs].reshape(tokens, top_k)

@@ -1,16 +1,36 @@
 """norm_quantize, moe_gate_up_grouped_mx: the experts' input in MXFP8, for targets with block-scaled MMA.
 
 MXFP8 (OCP Microscaling Formats v1.0): e4m3 values, one e8m0 scale for 32 of them. Rows are padded with zeros to a
-multiple of 128 values, the K step of the block-scaled product.
+multiple of 128 values, the K step of the block-scaled product, which takes weights and activations as they are stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from gptoss_compile.dialect import kernel_op
-from gptoss_compile.kernels.maths import experts_up, ids_of_order, rms_norm, swiglu
+from gptoss_compile.kernels.common import (
+    cdiv,
+    integer,
+    jit,
+    launch,
+    number,
+    pow2,
+    swiglu,
+    tensor,
+    trigger,
+    wait,
+)
+from gptoss_compile.kernels.maths import experts_up, ids_of_order, rms_norm
+from gptoss_compile.kernels.maths import swiglu as swiglu_twin
+from gptoss_compile.kernels.moe import blocks_of, expert_bytes, weights_of
+from gptoss_compile.kernels.moe_grouped import find_tile, group_tile
+from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
+from gptoss_compile.target import Target
 
 E4M3_MAX = 448.0
 K_MULTIPLE = 128
@@ -23,7 +43,8 @@ def padded(hidden: int) -> int:
 
 def _quantize_fake(x: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     tokens, width = x.shape[0], padded(x.shape[1])
-    return x.new_empty((tokens, width), dtype=torch.uint8), x.new_empty((tokens, width // 32), dtype=torch.uint8)
+    return (x.new_empty((tokens, width), dtype=torch.uint8),
+            x.new_empty((tokens, width // 32), dtype=torch.uint8))
 
 
 @kernel_op("norm_quantize(Tensor x, Tensor norm_weight, float eps) -> (Tensor, Tensor)", fake=_quantize_fake)
@@ -34,7 +55,7 @@ def norm_quantize(x: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, T
     """
     hidden = x.shape[1]
     normed = torch.nn.functional.pad(rms_norm(x, norm_weight, eps), (0, padded(hidden) - hidden))
-    blocks = normed.unflatten(-1, (-1, 32))
+    blocks = normed.reshape(x.shape[0], -1, 32)
     least = (blocks.abs().amax(-1) * (1 / E4M3_MAX)).clamp(min=SMALLEST_SCALE)
     exponent = (least.view(torch.int32) + 0x7FFFFF) >> 23  # rounds up to a power of two
     factor = torch.bitwise_left_shift(254 - exponent, 23).view(torch.float32)  # 1 / scale
@@ -45,7 +66,8 @@ def norm_quantize(x: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, T
 def mxfp8_dequantize(values: Tensor, scales: Tensor) -> Tensor:
     """fp32 [T, Hp] of e4m3 bytes [T, Hp] and e8m0 scales [T, Hp/32]."""
     factor = torch.exp2(scales.float() - 127.0)
-    return (values.view(torch.float8_e4m3fn).float().unflatten(-1, (-1, 32)) * factor.unsqueeze(-1)).flatten(-2)
+    blocks = values.view(torch.float8_e4m3fn).float().reshape(*scales.shape, 32)
+    return torch.flatten(blocks * factor.unsqueeze(-1), -2)
 
 
 def _gate_up_fake(q: Tensor, qscales: Tensor, order: Tensor, count: Tensor, weight: Tensor, scales: Tensor,
@@ -53,14 +75,119 @@ def _gate_up_fake(q: Tensor, qscales: Tensor, order: Tensor, count: Tensor, weig
     return bias.new_empty((q.shape[0], top_k, weight.shape[1] // 2))
 
 
-@kernel_op("moe_gate_up_grouped_mx(Tensor q, Tensor qscales, Tensor order, Tensor count, Tensor weight, Tensor scales,"
-           " Tensor bias, float alpha, float limit, int top_k) -> Tensor", fake=_gate_up_fake)
-def moe_gate_up_grouped_mx(q: Tensor, qscales: Tensor, order: Tensor, count: Tensor, weight: Tensor, scales: Tensor,
-                           bias: Tensor, alpha: float, limit: float, top_k: int) -> Tensor:
+@kernel_op("moe_gate_up_grouped_mx(Tensor q, Tensor qscales, Tensor order, Tensor count, Tensor weight,"
+           " Tensor scales, Tensor bias, float alpha, float limit, int top_k) -> Tensor", fake=_gate_up_fake)
+def moe_gate_up_grouped_mx(q: Tensor, qscales: Tensor, order: Tensor, count: Tensor, weight: Tensor,
+                           scales: Tensor, bias: Tensor, alpha: float, limit: float, top_k: int) -> Tensor:
     """`moe_gate_up_grouped` of input quantised by `norm_quantize`: [T, A, I] in the bias's dtype.
 
     q [T, Hp] u8, qscales [T, Hp/32] u8, weight [E, 2I, H/32, 16] u8, scales [E, 2I, H/32] u8, bias [E, 2I].
     """
     x = mxfp8_dequantize(q, qscales)[:, : weight.shape[2] * 32]
     up = experts_up(x, ids_of_order(order, top_k), weight, scales, bias)
-    return swiglu(up, alpha, limit).to(bias.dtype)
+    return swiglu_twin(up, alpha, limit).to(bias.dtype)
+
+
+@jit
+def quantize_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, out0_ptr: tl.tensor, out1_ptr: tl.tensor, H: tl.constexpr,
+                    HP: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
+    """Program t quantises token t. BLOCK >= HP, the padded row."""
+    trigger(PDL)
+    t = tl.program_id(0)
+    h = tl.arange(0, BLOCK)
+    g = tl.arange(0, BLOCK // 32)
+    norm = tl.load(norm_weight_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+    wait(PDL)
+    x = tl.load(x_ptr + t * H + h, mask=h < H, other=0.0).to(tl.float32)
+    x = tl.reshape(x * tl.rsqrt(tl.sum(x * x) / H + EPS) * norm, (BLOCK // 32, 32))
+    least = tl.maximum(tl.max(tl.abs(x), 1) * (1 / 448.0), 2.0**-100)
+    exponent = (least.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
+    x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    values = tl.reshape(x, (BLOCK,)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    tl.store(out0_ptr + t * HP + h, values, mask=h < HP)
+    tl.store(out1_ptr + t * (HP // 32) + g, exponent.to(tl.uint8), mask=g < HP // 32)
+
+
+@jit
+def scaled_product(weight: tl.tensor, scales: tl.tensor, rows: tl.tensor, x: tl.tensor, x_scales: tl.tensor, start: tl.tensor, acc: tl.tensor,
+                   N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr) -> tl.tensor:
+    """acc [BN, BT] + rows `rows`, columns start … of MXFP4 weights · MXFP8 x [BK, BT] with x_scales [BT, BK/32]."""
+    byte = start // 2 + tl.arange(0, BK // 2)
+    block = start // 32 + tl.arange(0, BK // 32)
+    inside = (rows < N)[:, None]
+    w = tl.load(weight + rows[:, None] * (K // 2) + byte[None, :], mask=inside & (byte < K // 2)[None, :], other=0)
+    s = tl.load(scales + rows[:, None] * (K // 32) + block[None, :], mask=inside & (block < K // 32)[None, :],
+                other=0)
+    return tl.dot_scaled(w, s, "e2m1", x, x_scales, "e4m3", acc)
+
+
+@jit
+def grouped_mx_kernel(q_ptr: tl.tensor, qscales_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.tensor, weight_ptr: tl.tensor,
+                      scales_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr,
+                      I: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, TOP_K: tl.constexpr, ALPHA: tl.constexpr,
+                      LIMIT: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+                      PDL: tl.constexpr) -> tl.tensor:
+    """Program (tile, part), part fastest: features part·BN … of BT pairs of one expert."""
+    trigger(PDL)
+    parts: tl.constexpr = (I + BN - 1) // BN
+    i = tl.program_id(0) % parts * BN + tl.arange(0, BN)
+    wait(PDL)
+    expert, pair, exists = find_tile(count_ptr, order_ptr, tl.program_id(0) // parts, T, E, EP, BT)
+    if expert >= E:
+        return
+    weight = weights_of(weight_ptr, expert, scales_ptr, 2 * I, H)
+    scales = blocks_of(scales_ptr, expert, 2 * I, H)
+    token = pair // TOP_K
+    gate = tl.zeros((BN, BT), tl.float32)
+    up = tl.zeros((BN, BT), tl.float32)
+    for start in range(0, HP, BK):
+        k = start + tl.arange(0, BK)
+        g = start // 32 + tl.arange(0, BK // 32)
+        x = tl.load(q_ptr + token[None, :] * HP + k[:, None], mask=exists[None, :], other=0)
+        s = tl.load(qscales_ptr + token[:, None] * (HP // 32) + g[None, :], mask=exists[:, None], other=0)
+        x = x.to(tl.float8e4nv, bitcast=True)
+        gate = scaled_product(weight, scales, 2 * i, x, s, start, gate, 2 * I, H, BK)
+        up = scaled_product(weight, scales, 2 * i + 1, x, s, start, up, 2 * I, H, BK)
+    bias = bias_ptr + expert * 2 * I + 2 * i
+    gate += tl.load(bias, mask=i < I, other=0.0).to(tl.float32)[:, None]
+    up += tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)[:, None]
+    h = swiglu(gate, up, ALPHA, LIMIT)
+    tl.store(out0_ptr + pair[None, :] * I + i[:, None], h.to(out0_ptr.dtype.element_ty),
+             mask=(i < I)[:, None] & exists[None, :])
+
+
+def has_block_scaling(target: Target, operands: Mapping[str, Operand]) -> bool:
+    return target.has("block_scaled_mma")
+
+
+def quantize_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    x = tensor(operands, "x")
+    tokens, hidden = x.shape
+    width = padded(hidden)
+    outputs = {"out0": TensorSpec((tokens, width), "u8"), "out1": TensorSpec((tokens, width // 32), "u8")}
+    constants = {"H": hidden, "HP": width, "EPS": number(operands, "eps"), "BLOCK": pow2(width)}
+    return (launch(quantize_kernel, target, {**operands, **outputs}, constants, grid=tokens,
+                   moved=x.bytes + outputs["out0"].bytes + outputs["out1"].bytes, flops=8 * tokens * hidden,
+                   preloads=("norm_weight",)),)
+
+
+def grouped_mx_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    q, weight, bias = tensor(operands, "q"), tensor(operands, "weight"), tensor(operands, "bias")
+    (tokens, width), top_k = q.shape, integer(operands, "top_k")
+    experts, inner, hidden = weight.shape[0], weight.shape[1] // 2, weight.shape[2] * 32
+    tile, most = group_tile(tokens, top_k, experts)
+    out = TensorSpec((tokens, top_k, inner), bias.dtype)
+    wide, pairs = 128, tokens * top_k
+    constants = {"T": tokens, "E": experts, "I": inner, "H": hidden, "HP": width, "TOP_K": top_k,
+                 "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit"), "EP": pow2(experts),
+                 "BN": wide, "BT": tile, "BK": K_MULTIPLE}
+    promise = "UTCQMMA" if target.has("tcgen05") else "v_mfma_scale"
+    return (launch(grouped_mx_kernel, target, {**operands, "out0": out}, constants, grid=most * cdiv(inner, wide),
+                   moved=q.bytes + out.bytes + expert_bytes(operands, pairs), flops=4 * pairs * inner * hidden,
+                   promises=(promise,)),)
+
+
+SPECS = (
+    KernelSpec("norm_quantize", "norm_quantize", has_block_scaling, quantize_launch),
+    KernelSpec("moe_gate_up_grouped_mx", "moe_gate_up_grouped_mx", has_block_scaling, grouped_mx_launch),
+)

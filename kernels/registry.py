@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from gptoss_compile.kernels import (  # noqa: F401  (imported for their declarations)
-    attention,
-    embed,
-    moe,
-    moe_grouped,
-    norm_linear,
-    quantize,
-    rope,
-    router,
-)
+from gptoss_compile.kernels import attention, embed, moe, moe_grouped, norm_linear, quantize, rope, router
 from gptoss_compile.kernels.spec import KernelSpec
 
-SPECS: tuple[KernelSpec, ...] = ()
+SPECS: tuple[KernelSpec, ...] = (
+    *embed.SPECS, *rope.SPECS, *norm_linear.SPECS, *attention.SPECS, *router.SPECS, *moe.SPECS, *moe_grouped.SPECS,
+    *quantize.SPECS,
+)

@@ -1,0 +1,200 @@
+"""Kernels to machine code, for a GPU that need not be there, behind a cache keyed by content.
+
+A binary is a function of the kernel's source (with that of every helper it calls), its constants, signature and
+options, the target, and Triton's version; these and nothing else make its key. So the same key names the same bytes on
+every machine, and a warm build is a file read per kernel that leaves Triton's compiler unimported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from gptoss_compile.kernels.spec import Source
+from gptoss_compile.target import Target
+
+FORMAT = 1  # of a cache entry
+ALIGNMENT = 16  # bytes; every pointer a kernel gets is at least so aligned
+
+
+class BuildError(RuntimeError):
+    """A kernel that does not compile: a defect of this project, not of its user. Names kernel, target and cause."""
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One kernel's machine code and what its launch must know.
+
+    code: a cubin or an hsaco; assembly: AMD's listing (empty for NVIDIA, whose listing cuobjdump makes from the code).
+    threads: of a block. shared: dynamic shared memory in bytes. The launch's parameters are the pointers of the
+    source's signature and then the two scratch pointers (null where the scratch size is 0); a scratch buffer has
+    `…_size` bytes for each block of the grid.
+    """
+
+    key: str
+    symbol: str
+    target: str
+    num_warps: int
+    num_ctas: int
+    threads: int
+    shared: int
+    tensor_memory: int
+    global_scratch_size: int
+    global_scratch_align: int
+    profile_scratch_size: int
+    profile_scratch_align: int
+    launch_pdl: bool
+    compiler: str
+    code: bytes
+    assembly: bytes
+
+    @property
+    def stem(self) -> str:
+        """A file name: what it is, then which."""
+        return f"{self.symbol}-{self.key[:16]}"
+
+    @property
+    def suffix(self) -> str:
+        return "hsaco" if self.target.startswith("gfx") else "cubin"
+
+    def metadata(self) -> dict[str, Any]:
+        """Everything but the code, for the artifact."""
+        return {k: v for k, v in asdict(self).items() if k not in ("code", "assembly")}
+
+
+def default_cache() -> Path:
+    """The user's kernel cache, $GPTOSS_COMPILE_CACHE or under $XDG_CACHE_HOME (~/.cache)."""
+    if own := os.environ.get("GPTOSS_COMPILE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss-compile" / "kernels"
+
+
+def key_of(source: Source, target: Target) -> str:
+    """The content key of a kernel on a target, hex sha256."""
+    content = {"format": FORMAT, "kernel": source.function.cache_key, "signature": source.signature,
+               "constexprs": [(k, repr(v)) for k, v in source.constexprs], "warps": source.num_warps,
+               "stages": source.num_stages, "target": target.name, "triton": version("triton")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def build(source: Source, target: Target, cache_dir: Path | None = None) -> Binary:
+    """The kernel's binary, from the cache or compiled into it. Raises BuildError."""
+    directory, key = cache_dir or default_cache(), key_of(source, target)
+    found = _load(directory, key)
+    if found is None:
+        found = _compile(source, target, key)
+        _store(directory, found)
+    return found
+
+
+def build_all(sources: Iterable[Source], target: Target, cache_dir: Path | None = None, *, processes: int = 2,
+              progress: Callable[[int, int], None] | None = None) -> dict[str, Binary]:
+    """Binaries by key of all sources, each compiled once, the missing ones in parallel.
+
+    progress(done, total) is called after each kernel. Raises BuildError.
+    """
+    directory = cache_dir or default_cache()
+    wanted = {key_of(source, target): source for source in sources}
+    built = {key: binary for key in wanted if (binary := _load(directory, key))}
+    missing = {key: source for key, source in wanted.items() if key not in built}
+    if progress:
+        progress(len(built), len(wanted))
+    if len(missing) < 2 or processes < 2:
+        jobs = (build(source, target, directory) for source in missing.values())
+        return _collect(jobs, built, len(wanted), progress)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        jobs = (f.result() for f in [pool.submit(_build_by_name, *_portable(s), target.name, directory)
+                                     for s in missing.values()])
+        return _collect(jobs, built, len(wanted), progress)
+
+
+def _collect(jobs: Iterable[Binary], built: dict[str, Binary], total: int,
+             progress: Callable[[int, int], None] | None) -> dict[str, Binary]:
+    for binary in jobs:
+        built[binary.key] = binary
+        if progress:
+            progress(len(built), total)
+    return built
+
+
+def _portable(source: Source) -> tuple[str, str, dict[str, Any]]:
+    """A source as (module, function, the rest), which another process can be given."""
+    rest = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "function"}
+    return source.function.fn.__module__, source.function.fn.__name__, rest
+
+
+def _build_by_name(module: str, function: str, rest: Mapping[str, Any], target: str, directory: Path) -> Binary:
+    return build(Source(getattr(import_module(module), function), **rest), Target.parse(target), directory)
+
+
+def _compile(source: Source, target: Target, key: str) -> Binary:
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # else the binary holds this machine's paths
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = [i for i, (_, kind) in enumerate(source.signature) if kind.startswith("*")]
+    kinds = {"*u8": "*u8", "*bf16": "*bf16", "*fp32": "*fp32", "*i32": "*i32", "constexpr": "constexpr"}
+    options: dict[str, Any] = {"num_warps": source.num_warps, "num_stages": source.num_stages}
+    if target.backend == "cuda":
+        options["launch_pdl"] = target.has("pdl")
+    with tempfile.TemporaryDirectory() as scratch:  # Triton's own cache is keyed by less than ours
+        before = os.environ.get("TRITON_CACHE_DIR")
+        os.environ["TRITON_CACHE_DIR"] = scratch
+        try:
+            compiled = triton.compile(
+                ASTSource(source.function, signature={name: kinds[kind] for name, kind in source.signature},
+                          constexprs=dict(source.constexprs),
+                          attrs={(i,): [["tt.divisibility", ALIGNMENT]] for i in pointers}),
+                target=GPUTarget(target.backend, target.arch, target.warp), options=options)
+        except Exception as error:
+            name = source.function.fn.__name__
+            raise BuildError(f"kernel {name} does not compile for {target.name} with "
+                             f"{dict(source.constexprs)}: {error}") from error
+        finally:
+            if before is None:
+                del os.environ["TRITON_CACHE_DIR"]
+            else:
+                os.environ["TRITON_CACHE_DIR"] = before
+    m = compiled.metadata
+    cuda = target.backend == "cuda"
+    return Binary(
+        key=key, symbol=m.name, target=target.name, num_warps=m.num_warps, num_ctas=m.num_ctas,
+        threads=m.num_warps * target.warp, shared=m.shared, tensor_memory=getattr(m, "tmem_size", None) or 0,
+        global_scratch_size=m.global_scratch_size, global_scratch_align=m.global_scratch_align,
+        profile_scratch_size=m.profile_scratch_size, profile_scratch_align=m.profile_scratch_align,
+        launch_pdl=bool(options.get("launch_pdl")), compiler=f"triton {triton.__version__}",
+        code=compiled.asm["cubin" if cuda else "hsaco"], assembly=b"" if cuda else compiled.asm["amdgcn"].encode())
+
+
+def _store(directory: Path, binary: Binary) -> None:
+    """One file: a line of JSON, then code and assembly. Renamed into place, so readers never see half of it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    head = {**binary.metadata(), "code_bytes": len(binary.code),
+            "sha256": hashlib.sha256(binary.code + binary.assembly).hexdigest()}
+    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+        file.write(json.dumps(head).encode() + b"\n" + binary.code + binary.assembly)
+    os.replace(file.name, directory / binary.key)
+
+
+def _load(directory: Path, key: str) -> Binary | None:
+    """The cached binary, or None if there is none or it is damaged."""
+    try:
+        line, _, rest = (directory / key).read_bytes().partition(b"\n")
+        head = json.loads(line)
+        size, digest = head.pop("code_bytes"), head.pop("sha256")
+        if hashlib.sha256(rest).hexdigest() != digest:
+            return None
+        return Binary(code=rest[:size], assembly=rest[size:], **head)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
