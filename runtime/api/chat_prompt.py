@@ -1,0 +1,60 @@
+"""The messages of a chat request as the turns of a harmony conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gptoss_compile.runtime.api.errors import bad_request
+from gptoss_compile.runtime.api.options import ServerOptions
+from gptoss_compile.runtime.api.render import EFFORTS, FunctionTool, Prompt, Turn
+from gptoss_compile.runtime.api.schemas import ChatBody, ChatMessage, text_of
+from gptoss_compile.runtime.api.tools import NAMESPACE
+
+
+def chat_prompt(body: ChatBody, options: ServerOptions) -> Prompt:
+    """Raises ApiError for messages that cannot follow each other."""
+    tools = (
+        ()
+        if body.tool_choice == "none"
+        else tuple(
+            FunctionTool(t.function.name, t.function.description or "", t.function.parameters, t.function.strict)
+            for t in body.tools or ()
+        )
+    )
+    callers: dict[str, str] = {}
+    turns: list[Turn] = []
+    for number, message in enumerate(body.messages):
+        turns += _turns(message, callers, number)
+    return Prompt(turns, tools, EFFORTS[body.reasoning_effort or "medium"], options.system_date)
+
+
+def _turns(message: ChatMessage, callers: dict[str, str], number: int) -> Iterator[Turn]:
+    text = text_of(message.content)
+    if message.role in ("system", "developer"):
+        yield Turn("developer", text)
+    elif message.role == "user":
+        yield Turn("user", text)
+    elif message.role == "assistant":
+        yield from _assistant(message, text, callers)
+    else:
+        name = callers.get(message.tool_call_id or "") or message.name
+        if name is None:
+            raise bad_request(
+                f"tool_call_id {(message.tool_call_id or '')[:100]!r} answers no tool call of an earlier message.",
+                f"messages[{number}].tool_call_id",
+            )
+        yield Turn("tool", text, name=NAMESPACE + name.removeprefix(NAMESPACE))
+
+
+def _assistant(message: ChatMessage, text: str, callers: dict[str, str]) -> Iterator[Turn]:
+    """Reasoning, then what was said, then the calls: beside a call the text is a preamble, not the final answer."""
+    if reasoning := message.reasoning or message.reasoning_content:
+        yield Turn("assistant", reasoning, channel="analysis")
+    calls = message.tool_calls or ()
+    if text or not (calls or reasoning):
+        yield Turn("assistant", text, channel="commentary" if calls else "final")
+    for call in calls:
+        callers[call.id] = call.function.name
+        yield Turn(
+            "assistant", call.function.arguments, recipient=NAMESPACE + call.function.name.removeprefix(NAMESPACE)
+        )

@@ -1,0 +1,25 @@
+"""Settings of the HTTP server."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """served_model_names: the first is the model's id in answers, the others are aliases. api_keys: none means open.
+
+    system_date pins `Current date` in prompts (YYYY-MM-DD). body_timeout is in seconds, for the whole request body.
+    """
+
+    served_model_names: tuple[str, ...] = ("gpt-oss",)
+    api_keys: tuple[str, ...] = ()
+    system_date: str | None = None
+    max_body_bytes: int = 16 << 20
+    body_timeout: float = 30.0
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model(self) -> str:
+        return self.served_model_names[0]

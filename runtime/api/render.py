@@ -1,0 +1,207 @@
+"""Conversations to prompts: harmony's text layout, spelled in tokens.
+
+System and developer messages, which hold settings and tool signatures, are laid out by openai-harmony. The others are
+assembled here, because a message may come as the very tokens the model wrote (so that the prefix cache hits), and
+because the recipient of a tool call goes after the channel, where the model puts it, and not where the library does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from openai_harmony import (
+    Author,
+    DeveloperContent,
+    HarmonyError,
+    ReasoningEffort,
+    RenderOptions,
+    Role,
+    SystemContent,
+    ToolDescription,
+)
+from openai_harmony import Message as LibraryMessage
+
+from gptoss_compile.runtime.api.errors import bad_request
+from gptoss_compile.runtime.api.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, START
+from gptoss_compile.runtime.api.tokenizer import Tokenizer, TooLongError
+
+Effort = Literal["low", "medium", "high"]
+# What clients may send, and what the model knows of it.
+EFFORTS: dict[str, Effort] = {
+    "none": "low",
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "high",
+    "max": "high",
+}
+_LEVELS = {"low": ReasoningEffort.LOW, "medium": ReasoningEffort.MEDIUM, "high": ReasoningEffort.HIGH}
+_PLACE = "\x00"  # stands for the instructions while the library lays out a developer message
+
+
+@dataclass(frozen=True)
+class FunctionTool:
+    """A function the model may call. parameters is a JSON schema, or None for a function without arguments."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation.
+
+    recipient: on an assistant's message the tool it calls. name: on a tool's message the tool that answers. tokens: the
+    message exactly as the model wrote it, from its <|start|> to its end, instead of `text`.
+    """
+
+    role: Literal["developer", "user", "assistant", "tool"]
+    text: str = ""
+    channel: str | None = None
+    recipient: str | None = None
+    name: str | None = None
+    tokens: tuple[int, ...] | None = None
+
+    @property
+    def reasoning(self) -> bool:
+        return self.role == "assistant" and self.channel == "analysis" and self.recipient is None
+
+    @property
+    def final(self) -> bool:
+        return self.role == "assistant" and self.channel == "final"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Everything a prompt is made of. date: `Current date`, today's if None."""
+
+    turns: Sequence[Turn]
+    tools: Sequence[FunctionTool] = ()
+    effort: Effort = "medium"
+    date: str | None = None
+
+
+async def render(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> list[int]:
+    """Token ids of the prompt, ending where the assistant begins to write. Raises TooLongError beyond `limit`."""
+    ids = _system(tokenizer, prompt)
+    turns = drop_old_reasoning(prompt.turns)
+    if prompt.tools and not any(turn.role == "developer" for turn in turns):
+        turns = [Turn("developer"), *turns]
+    tools = prompt.tools
+    for turn in turns:
+        if turn.role == "developer":
+            text = (
+                await asyncio.to_thread(_developer_text, tokenizer, turn.text, tools)
+                if tools
+                else _developer_text(tokenizer, turn.text, ())
+            )
+            tools = ()  # shown once, in the first developer message
+            ids += [START, *tokenizer.encode("developer"), MESSAGE, *await tokenizer.encode_async(text, limit), END]
+        else:
+            ids += await _message(tokenizer, turn, limit)
+        if len(ids) > limit:
+            raise TooLongError(len(ids))
+    return [*ids, START, *tokenizer.encode("assistant")]
+
+
+def drop_old_reasoning(turns: Sequence[Turn]) -> list[Turn]:
+    """Reasoning lives until the final answer it led to: within a tool loop it stays, before the last final it goes."""
+    last_final = max((i for i, turn in enumerate(turns) if turn.final), default=-1)
+    return [turn for i, turn in enumerate(turns) if i > last_final or not turn.reasoning]
+
+
+async def _message(tokenizer: Tokenizer, turn: Turn, limit: int) -> list[int]:
+    if turn.tokens is not None:
+        return list(turn.tokens)
+    body = await tokenizer.encode_async(turn.text, limit)
+    encode = tokenizer.encode
+    if turn.role == "user":
+        return [START, *encode("user"), MESSAGE, *body, END]
+    if turn.role == "tool":
+        return [START, *encode(f"{turn.name} to=assistant"), CHANNEL, *encode("commentary"), MESSAGE, *body, END]
+    header = [START, *encode("assistant"), CHANNEL]
+    if turn.recipient is not None:
+        return [*header, *call_header(tokenizer, turn.recipient), *body, CALL]
+    return [*header, *encode(turn.channel or "final"), MESSAGE, *body, END]
+
+
+def call_header(tokenizer: Tokenizer, recipient: str) -> list[int]:
+    """What follows <|channel|> in the header of a call."""
+    return [*tokenizer.encode(f"commentary to={recipient} "), CONSTRAIN, *tokenizer.encode("json"), MESSAGE]
+
+
+def _system(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    content = SystemContent.new().with_reasoning_effort(_LEVELS[prompt.effort])
+    content = content.with_conversation_start_date(prompt.date or datetime.date.today().isoformat())
+    message = LibraryMessage(author=Author(role=Role.SYSTEM), content=[content])
+    options = RenderOptions(conversation_has_function_tools=bool(prompt.tools))
+    ids: list[int] = tokenizer.encoding.render(message, options)
+    return ids
+
+
+def _developer_text(tokenizer: Tokenizer, instructions: str, tools: Sequence[FunctionTool]) -> str:
+    """The body of a developer message. The library sees a stand-in for the instructions: it cannot encode long ones."""
+    content = DeveloperContent.new()
+    if instructions:
+        content = content.with_instructions(_PLACE)
+    if tools:
+        content = content.with_function_tools(
+            [ToolDescription.new(tool.name, tool.description, _for_display(tool.parameters)) for tool in tools]
+        )
+    message = LibraryMessage(author=Author(role=Role.DEVELOPER), content=[content])
+    try:
+        ids = tokenizer.encoding.render(message)
+    except (HarmonyError, ValueError) as error:
+        raise bad_request(f"The tools cannot be shown to the model: {str(error)[:200]}", "tools") from None
+    return tokenizer.decode(ids[ids.index(MESSAGE) + 1 :]).replace(_PLACE, instructions, 1)
+
+
+def _for_display(parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A schema as the library can show it: local references inlined, descriptions on one line, bounded in size."""
+    if not parameters or not parameters.get("properties"):
+        return None
+    shown: dict[str, Any] = _Inliner(parameters).inline(parameters, 0)
+    return shown
+
+
+class _Inliner:
+    """Copies a schema, references resolved. Beyond DEPTH or NODES (recursion, bombs) everything is shown as any."""
+
+    DEPTH = 40
+    NODES = 5000
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self._nodes = 0
+
+    def inline(self, node: Any, depth: int) -> Any:
+        self._nodes += 1
+        if isinstance(node, (dict, list)) and (depth > self.DEPTH or self._nodes > self.NODES):
+            return {} if isinstance(node, dict) else []
+        if isinstance(node, list):
+            return [self.inline(item, depth + 1) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if isinstance(reference := node.get("$ref"), str):
+            rest = {key: value for key, value in node.items() if key != "$ref"}
+            return self.inline({**self._resolve(reference), **rest}, depth + 8)
+        result = {
+            key: self.inline(value, depth + 1) for key, value in node.items() if key not in ("$defs", "definitions")
+        }
+        if isinstance(result.get("description"), str):
+            result["description"] = " ".join(result["description"].split())
+        return result
+
+    def _resolve(self, reference: str) -> dict[str, Any]:
+        """The object that a local JSON pointer (`#/$defs/Point`) names, or the schema of anything."""
+        node: Any = self._root if reference.startswith("#/") else None
+        for key in reference.removeprefix("#/").split("/"):
+            node = node.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(node, dict) else None
+        return node if isinstance(node, dict) else {}

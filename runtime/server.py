@@ -1,0 +1,198 @@
+"""From an artifact to a running server: gptoss-serve."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+
+import uvicorn
+
+from gptoss_compile.artifact import Artifact
+from gptoss_compile.runtime.api.app import build_app
+from gptoss_compile.runtime.api.options import ServerOptions
+from gptoss_compile.runtime.api.tokenizer import FILE, VOCABULARY, Tokenizer
+from gptoss_compile.runtime.engine import Engine
+from gptoss_compile.runtime.executor import load_executor
+
+DRAIN_SECONDS = 60  # how long answers may take to finish after SIGTERM
+DEATH_TICKS = 10  # tenths of a second for which /health tells of the engine's death before the server goes
+
+
+class EngineDiedError(RuntimeError):
+    """The engine failed while serving; the message says how."""
+
+
+def serve(
+    artifact: Artifact | str | os.PathLike[str],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | Sequence[str] | None = None,
+    served_model_name: str | Sequence[str] | None = None,
+    kv_pages: int | None = None,
+    max_num_seqs: int | None = None,
+    max_num_batched_tokens: int | None = None,
+    enable_prefix_caching: bool = True,
+    system_date: str | None = None,
+) -> None:
+    """Serve an artifact until SIGTERM or SIGINT, which let running answers finish.
+
+    kv_pages: pages of the KV cache, by default as many as the memory holds. max_num_seqs and max_num_batched_tokens
+    bound one step; by default the artifact's buckets do. system_date pins the prompts' `Current date`.
+    Raises ValueError for an artifact or settings that cannot be served, OSError for an address that cannot be listened
+    on, and EngineDiedError.
+    """
+    if not isinstance(artifact, Artifact):
+        artifact = Artifact.open(artifact)
+    options = ServerOptions(_strings(served_model_name) or (artifact.path.name,), _strings(api_key), system_date)
+    sequences = max_num_seqs or max(bucket.sequences for bucket in artifact.buckets)
+    tokens = max_num_batched_tokens or max(bucket.tokens for bucket in artifact.buckets)
+    with closing(_listen(host, port)) as listener:
+        tokenizer = Tokenizer.load(artifact.file(f"tokenizer/{FILE}").parent) if artifact.has_tokenizer else None
+        executor = load_executor(artifact, num_pages=kv_pages, max_num_seqs=sequences)
+        engine = Engine(
+            executor,
+            max_num_seqs=sequences,
+            max_num_batched_tokens=tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            vocab_limit=VOCABULARY if tokenizer else None,
+        )
+        engine.start()
+        try:
+            run(engine, tokenizer, options, listener)
+        finally:
+            engine.shutdown(drain=False)
+
+
+def run(engine: Engine, tokenizer: Tokenizer | None, options: ServerOptions, listener: socket.socket) -> None:
+    """Serve a started engine on a listening socket until a signal. Raises EngineDiedError."""
+    app = build_app(engine, tokenizer, options)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=65,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        server_header=False,
+    )
+    server = _Server(config, engine, listener)
+    with _signals_already_handled():
+        server.run(sockets=[listener])
+    if not engine.healthy:
+        raise EngineDiedError(str(engine.error or "the engine's thread ended"))
+
+
+class _Server(uvicorn.Server):
+    """Says when it is ready, and ends with its engine."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, listener: socket.socket) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._url = _url(listener)
+        self._ticks_dead = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(f"Ready: {self._url}", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        if not self._engine.healthy:
+            self._ticks_dead += 1
+            self.should_exit |= self._ticks_dead > DEATH_TICKS
+        return await super().on_tick(counter)
+
+
+@contextmanager
+def _signals_already_handled() -> Iterator[None]:
+    """uvicorn raises the signals that ended it once more for whoever came before; nobody needs to act on them again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before the weights are loaded so that a busy port is told at once."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OSError(f"cannot listen on {host}:{port}: {reason}") from None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+def _strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command gptoss-serve. Exit code 2: could not start; 1: the engine died."""
+    arguments = vars(_parser().parse_args(argv))
+    try:
+        serve(arguments.pop("artifact"), **arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"gptoss-serve: error: {error}", file=sys.stderr)
+        return 2
+    except EngineDiedError as error:
+        print(f"gptoss-serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gptoss-serve", description="Serve an artifact through OpenAI's API.")
+    parser.add_argument("artifact", metavar="ARTIFACT", help="the directory that gptoss-compile -o wrote")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=_port, default=8000, help="port to listen on, 0 for a free one (default: %(default)s)"
+    )
+    parser.add_argument("--api-key", nargs="+", metavar="KEY", help="accept only requests that carry one of these keys")
+    parser.add_argument(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="name of the model, and aliases (default: the artifact's directory)",
+    )
+    parser.add_argument(
+        "--kv-pages", type=_positive, metavar="N", help="pages of the KV cache (default: as many as the memory holds)"
+    )
+    parser.add_argument("--max-num-seqs", type=_positive, metavar="N", help="most sequences in one step")
+    parser.add_argument("--max-num-batched-tokens", type=_positive, metavar="N", help="most tokens in one step")
+    parser.add_argument(
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="reuse the KV cache of equal beginnings (default: on)",
+    )
+    parser.add_argument("--system-date", metavar="YYYY-MM-DD", help="pin the date in prompts (default: today)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, found {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a port number, found {text!r}")
+    return int(text)

@@ -1,0 +1,72 @@
+"""The tokenizer from the bpe-openai package, and an application over the real engine with scripted sampling."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from scripted import Script, ScriptedEngine
+
+from gptoss_compile.runtime.api.app import build_app
+from gptoss_compile.runtime.api.options import ServerOptions
+from gptoss_compile.runtime.api.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = importlib.util.find_spec("bpe_openai")
+    assert spec is not None and spec.origin is not None
+    folder = tmp_path_factory.mktemp("tokenizer")
+    packed = Path(spec.origin).parent / "data" / "o200k_base.tiktoken.gz"
+    (folder / "o200k_base.tiktoken").write_bytes(gzip.decompress(packed.read_bytes()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Tokenizer:
+    return Tokenizer.load(tokenizer_folder)
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed a run, printed with a failure."""
+    value = random.SystemRandom().getrandbits(32)
+    print(f"seed = {value}")
+    return value
+
+
+@pytest.fixture
+def script(tokenizer: Tokenizer) -> Script:
+    return Script(tokenizer)
+
+
+@pytest.fixture
+def engine(script: Script) -> Iterator[ScriptedEngine]:
+    engine = ScriptedEngine(script)
+    engine.start()
+    yield engine
+    engine.shutdown(drain=False)
+
+
+@pytest.fixture
+def options() -> ServerOptions:
+    return ServerOptions(served_model_names=("gpt-oss", "alias"), system_date="2026-01-02", max_body_bytes=1 << 20)
+
+
+@pytest.fixture
+def client(engine: ScriptedEngine, tokenizer: Tokenizer, options: ServerOptions) -> httpx.AsyncClient:
+    return asgi_client(build_app(engine, tokenizer, options))
+
+
+def asgi_client(app: object) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=transport, base_url="http://test")

@@ -1,0 +1,185 @@
+"""gptoss-serve: the real server on a loopback socket, seen by the official client in strict mode."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from scripted import Script, ScriptedEngine
+
+from gptoss_compile.runtime import server
+from gptoss_compile.runtime.api.options import ServerOptions
+from gptoss_compile.runtime.api.tokenizer import Tokenizer
+
+ANSWER = "<|channel|>analysis<|message|>Think.<|end|><|start|>assistant<|channel|>final<|message|>Hello 👍🏽!<|return|>"
+CALL = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>'
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+}
+USER: Any = [{"role": "user", "content": "hi"}]
+
+
+class Running:
+    """A server in a thread; `ended` holds what ended it."""
+
+    def __init__(self, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
+        listener = server._listen("127.0.0.1", 0)
+        self.url = server._url(listener)
+        self.servers: list[server._Server] = []
+        self.ended: list[BaseException | None] = []
+
+        def run() -> None:
+            try:
+                server.run(engine, tokenizer, ServerOptions(api_keys=("key",)), listener)
+                self.ended.append(None)
+            except BaseException as error:
+                self.ended.append(error)
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+        while True:
+            try:
+                if httpx.get(self.url + "/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.01)
+
+
+@pytest.fixture
+def running(engine: ScriptedEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    made: list[server._Server] = []
+    original = server._Server.__init__
+
+    def remember(self: server._Server, *arguments: Any) -> None:
+        original(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(server._Server, "__init__", remember)
+    running = Running(engine, tokenizer)
+    running.servers = made
+    yield running
+    made[0].should_exit = True
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+
+
+@pytest.fixture
+def strict(running: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=running.url + "/v1", api_key="key", max_retries=0, _strict_response_validation=True
+    ) as client:
+        yield client
+
+
+def test_official_client(strict: openai.OpenAI, script: Script) -> None:
+    assert [model.id for model in strict.models.list()] == ["gpt-oss"]
+    assert strict.models.retrieve("gpt-oss").id == "gpt-oss"
+    script.add(ANSWER, ANSWER, CALL, CALL, "text", ANSWER)
+    chat: Any = strict.chat.completions
+    whole = chat.create(model="gpt-oss", messages=USER, logprobs=True, top_logprobs=2)
+    assert whole.choices[0].message.content == "Hello 👍🏽!" and whole.choices[0].message.reasoning == "Think."
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 2
+    chunks = list(chat.create(model="gpt-oss", messages=USER, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "Hello 👍🏽!"
+    assert chunks[-1].usage.total_tokens > 0
+    called = chat.create(model="gpt-oss", messages=USER, tools=[TOOL]).choices[0]
+    assert called.finish_reason == "tool_calls" and called.message.tool_calls[0].function.arguments == '{"a": 1}'
+    with strict.chat.completions.stream(model="gpt-oss", messages=USER, tools=[TOOL]) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.tool_calls[0].function.name == "f"
+    text = strict.completions.create(model="gpt-oss", prompt=[1, 2], max_tokens=1, logprobs=1)
+    assert text.choices[0].text == "text" and text.choices[0].logprobs is not None
+    for status, error, arguments in (
+        (400, openai.BadRequestError, {"temperature": 3}),
+        (404, openai.NotFoundError, {"model": "x"}),
+    ):
+        with pytest.raises(error) as caught:
+            chat.create(**{"model": "gpt-oss", "messages": USER, **arguments})
+        assert caught.value.status_code == status and caught.value.body["message"]
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=str(strict.base_url), api_key="wrong", max_retries=0).models.list()
+
+
+def test_closing_a_stream_aborts(strict: openai.OpenAI, engine: ScriptedEngine) -> None:
+    stream = strict.chat.completions.create(
+        model="gpt-oss", messages=USER, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 2
+    while engine.stats().kv_pages_held and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert engine.stats().kv_pages_held == 0
+
+
+def test_draining_finishes_answers(running: Running, strict: openai.OpenAI, script: Script) -> None:
+    script.add("<|channel|>final<|message|>" + "word " * 100 + "<|return|>")
+    stream = strict.chat.completions.create(model="gpt-oss", messages=USER, stream=True)
+    chunks = [next(iter(stream))]
+    running.servers[0].should_exit = True  # what SIGTERM sets
+    chunks += list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == "word " * 100
+    running.thread.join(10)
+    assert running.ended == [None]
+
+
+def test_engine_death_ends_the_server(running: Running, strict: openai.OpenAI, engine: ScriptedEngine) -> None:
+    engine.executor.fail = True
+    with pytest.raises(openai.InternalServerError):
+        strict.chat.completions.create(model="gpt-oss", messages=USER)
+    assert httpx.get(running.url + "/health").status_code == 503
+    running.thread.join(10)
+    assert isinstance(running.ended[0], server.EngineDiedError) and "fell off the bus" in str(running.ended[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nonexistent"], "/nonexistent"),
+        (["x", "--port", "99999"], "port"),
+        (["x", "--kv-pages", "0"], "positive"),
+        ([], "ARTIFACT"),
+    ],
+)
+def test_usage_errors(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    try:
+        code: Any = server.main(arguments)
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_busy_port(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            server._listen("127.0.0.1", port)
+    with pytest.raises(OSError, match="cannot listen on"):
+        server._listen("no such host", 0)
+
+
+def test_importing_the_runtime_is_cheap() -> None:
+    code = (
+        "import sys; import gptoss_compile.runtime as r; r.serve; "
+        "print([m for m in ('torch', 'triton', 'starlette', 'numpy', 'uvicorn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_serving_needs_neither_torch_nor_triton() -> None:
+    code = (
+        "import sys; import gptoss_compile.runtime.server; "
+        "print([m for m in ('torch', 'triton', 'openai') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
