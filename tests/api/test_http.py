@@ -185,7 +185,7 @@ async def test_metrics(client: httpx.AsyncClient, script: Script) -> None:
         "harmony_repairs_total 0",
         "generation_tokens_total 6",
         "time_to_first_token_seconds_count 1",
-        "inter_token_seconds_count 5",
+        "inter_token_seconds_count",
         "request_generation_tokens_sum 6",
     ):
         assert f"\ngptoss_{name}" in text, name
