@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
+from itertools import chain
 
 from gptoss_compile.runtime.request import FinishReason
 from gptoss_compile.runtime.sampler import TokenLogprobs
@@ -18,7 +19,7 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What is new since the previous output of the same request; `a + b` joins two in a row.
+    """What is new since the previous output of the same request.
 
     token_ids:       includes the id that stopped the answer, which stop_id repeats.
     logprobs:        one a token if SamplingParams.logprobs was given, else None.
@@ -35,14 +36,18 @@ class RequestOutput:
     stop_id: int | None = None
     cached_tokens: int = 0
 
-    def __add__(self, later: RequestOutput) -> RequestOutput:
-        logprobs = None
-        if self.logprobs is not None or later.logprobs is not None:
-            logprobs = (self.logprobs or ()) + (later.logprobs or ())
+    @staticmethod
+    def join(outputs: Sequence[RequestOutput]) -> RequestOutput:
+        """One output in place of several in a row (at least one), in time linear in their tokens."""
+        logprobs = [output.logprobs for output in outputs if output.logprobs is not None]
         return RequestOutput(
-            self.request_id, self.token_ids + later.token_ids, logprobs,
-            self.prompt_logprobs if self.prompt_logprobs is not None else later.prompt_logprobs,
-            later.finish_reason, later.stop_id, max(self.cached_tokens, later.cached_tokens))
+            outputs[-1].request_id,
+            token_ids=tuple(chain.from_iterable(output.token_ids for output in outputs)),
+            logprobs=tuple(chain.from_iterable(logprobs)) if logprobs else None,
+            prompt_logprobs=next((o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None), None),
+            finish_reason=outputs[-1].finish_reason,
+            stop_id=outputs[-1].stop_id,
+            cached_tokens=max(output.cached_tokens for output in outputs))
 
 
 class RequestHandle:
@@ -68,11 +73,11 @@ class RequestHandle:
 
     def result(self) -> RequestOutput:
         """The whole answer, waiting for its end."""
-        return reduce(RequestOutput.__add__, self)
+        return RequestOutput.join(list(self))
 
     async def collect(self) -> RequestOutput:
         """The whole answer, waiting for its end in the running event loop."""
-        return reduce(RequestOutput.__add__, [output async for output in self])
+        return RequestOutput.join([output async for output in self])
 
     def __iter__(self) -> Iterator[RequestOutput]:
         while True:
@@ -101,7 +106,7 @@ class RequestHandle:
         """What has piled up, and whether more may come. If nothing has, `wake` is called once it does."""
         with self._lock:
             if self._outputs:
-                output, self._outputs = reduce(RequestOutput.__add__, self._outputs), []
+                output, self._outputs = RequestOutput.join(self._outputs), []
                 return output, not self._ended or self._error is not None
             if self._error:
                 raise self._error

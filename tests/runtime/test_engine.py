@@ -59,9 +59,7 @@ class Gate(FakeExecutor):
 def test_outputs_come_one_by_one_and_add_up(engine: Engine) -> None:
     handle = engine.submit([1, 2, 3], replace(GREEDY, logprobs=2, prompt_logprobs=1))
     outputs = list(handle)
-    total = outputs[0]
-    for output in outputs[1:]:
-        total = total + output
+    total = RequestOutput.join(outputs)
     assert len(total.token_ids) == len(total.logprobs or ()) == 8 and total.finish_reason == "length"
     assert outputs[0].prompt_logprobs is not None and outputs[0].prompt_logprobs[0] is None
     assert len(outputs[0].prompt_logprobs) == 3 and all(o.prompt_logprobs is None for o in outputs[1:])
@@ -81,7 +79,7 @@ def test_many_consumers_in_one_event_loop_and_a_slow_one(engine: Engine) -> None
             parts.append(output)
             await asyncio.sleep(nap)
         assert nap < 0.05 or len(parts) < 8, "outputs that pile up must come joined"
-        return sum(parts[1:], parts[0])  # type: ignore[arg-type]
+        return RequestOutput.join(parts)
 
     async def main() -> list[RequestOutput]:
         return await asyncio.gather(*(consume(p, 0.1 if i == 0 else 0) for i, p in enumerate(prompts)))
@@ -355,7 +353,8 @@ def test_buckets_are_the_cheapest_that_fit() -> None:
 def test_serving_loads_neither_torch_nor_triton() -> None:
     code = ("import sys, gptoss_compile.runtime.engine, gptoss_compile.runtime.executor; "
             "print([m for m in ('torch', 'triton', 'gptoss_compile.dialect') if m in sys.modules])")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_an_artifact_that_nothing_can_run_is_refused() -> None:
