@@ -171,7 +171,8 @@ def _compile(source: Source, target: Target, key: str) -> Binary:
     return Binary(
         key=key, symbol=m.name, target=target.name, num_warps=m.num_warps, num_ctas=m.num_ctas,
         threads=m.num_warps * target.warp, shared=m.shared, tensor_memory=getattr(m, "tmem_size", None) or 0,
-        global_scratch_size=m.global_scratch_size, global_scratch_align=m.global_scratch_align,
+        global_scratch_size=getattr(m, "global_scratch_size", 0),  # AMD has none
+        global_scratch_align=getattr(m, "global_scratch_align", 1),
         profile_scratch_size=m.profile_scratch_size, profile_scratch_align=m.profile_scratch_align,
         launch_pdl=bool(options.get("launch_pdl")), compiler=f"triton {triton.__version__}",
         code=compiled.asm["cubin" if cuda else "hsaco"], assembly=b"" if cuda else compiled.asm["amdgcn"].encode())

@@ -104,9 +104,6 @@ def parse_buckets(text: str) -> tuple[Bucket, ...]:
                 raise argparse.ArgumentTypeError(
                     f"{kind}:{shape} is no bucket; write decode:BATCH or extend:TOKENSxSEQUENCES (SEQUENCES at most "
                     "TOKENS), several separated by commas, kinds by ';'") from None
-    kinds = {b.kind for b in buckets}
-    if buckets and kinds != {"decode", "extend"}:
-        raise argparse.ArgumentTypeError("a server needs at least one decode and one extend bucket")
     return tuple(dict.fromkeys(buckets))
 
 

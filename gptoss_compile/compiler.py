@@ -23,9 +23,10 @@ from gptoss_compile.ir import Dumper, print_graph
 from gptoss_compile.launch_plan import LaunchPlan, Weight
 from gptoss_compile.pack import add_weights
 from gptoss_compile.passes.base import Context
+from gptoss_compile.passes.select_kernels import calls
 from gptoss_compile.paths import atomic_directory, cache_dir
 from gptoss_compile.pipeline import Options, Record, run_passes
-from gptoss_compile.plan import make_plan
+from gptoss_compile.plan import make_plan, node_operands, tensor_operands
 from gptoss_compile.target import Target
 from gptoss_compile.tokenizer import o200k_base
 from gptoss_compile.trace import DTYPES, Geometry, trace_model
@@ -35,6 +36,10 @@ PAGE_SIZE = 16  # tokens a page of the KV cache
 GPU_BUCKETS = (*(Bucket.decode(b) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256)), Bucket.extend(512, 64),
                Bucket.extend(2048, 64))
 CPU_BUCKETS = (Bucket.decode(1), Bucket.decode(8), Bucket.extend(64, 9, 16), Bucket.extend(256, 1, 16))
+
+
+def default_buckets(target: Target) -> tuple[Bucket, ...]:
+    return GPU_BUCKETS if target.is_gpu else CPU_BUCKETS
 
 
 class CompileError(ValueError):
@@ -122,7 +127,9 @@ class Job:
         limit = request.max_context or (config.max_position if target.is_gpu else min(config.max_position, 4096))
         if not 1 <= limit <= config.max_position:
             raise CompileError(f"--max-context {limit} is not within 1 and the model's {config.max_position} positions")
-        self.buckets = request.buckets or (GPU_BUCKETS if target.is_gpu else CPU_BUCKETS)
+        self.buckets = request.buckets or default_buckets(target)
+        if {b.kind for b in self.buckets} != {"decode", "extend"}:
+            raise CompileError("--buckets must name at least one decode and one extend bucket: a server needs both")
         self.geometry = Geometry.of(config, self.buckets, PAGE_SIZE, limit)
 
     def context(self, bucket: Bucket) -> Context:
@@ -163,11 +170,15 @@ def generate(graph: fx.Graph, ctx: Context) -> tuple[LaunchPlan, list[tuple[str,
             path = Path(folder) / f"{ctx.bucket.name}.pt2"
             compile_graph(graph, str(path))
             return make_plan(graph, ctx), [(path.name, path.read_bytes())]
-    from gptoss_compile.build import Builder
+    from gptoss_compile.build import build_all, key_of
 
-    builder = Builder(ctx.target)
-    plan = make_plan(graph, ctx, binary_of=builder.request)
-    return plan, builder.files()
+    launches = [launch for node in calls(graph) for launch in
+                node.meta["kernel"].instantiate(ctx.target, tensor_operands(node_operands(node)))]
+    binaries = build_all([launch.source for launch in launches], ctx.target)
+    plan = make_plan(graph, ctx, binary_of=lambda launch: binaries[key_of(launch.source, ctx.target)].stem)
+    files = [file for b in binaries.values() for file in (
+        (f"{b.stem}.{b.suffix}", b.code), (f"{b.stem}.json", canonical_json(b.metadata())))]
+    return plan, files
 
 
 def tool_versions(target: Target) -> dict[str, str]:

@@ -7,9 +7,12 @@ finds the first pass, and within it the first match, that changes a graph's resu
 
 from __future__ import annotations
 
+import argparse
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import fx
 
@@ -34,6 +37,7 @@ from gptoss_compile.passes.raise_rope import RAISE_ROPE, RAISE_ROPE_TABLE
 from gptoss_compile.passes.raise_router import RAISE_ROUTER
 from gptoss_compile.passes.raise_swiglu import RAISE_SWIGLU
 from gptoss_compile.passes.select_kernels import SELECT_KERNELS
+from gptoss_compile.target import Target
 
 PASSES: tuple[Pass, ...] = (
     CANONICALIZE,
@@ -82,7 +86,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Options:
-    """skip: passes left out; limit: at most N rewrites of a pass. Counts are not enforced for passes named in either."""
+    """For finding faults. skip: passes left out; limit: at most N rewrites of a pass. Either suspends the counts that
+    follow from the configuration; that every operator must end in a kernel still holds."""
 
     skip: frozenset[str] = frozenset()
     limit: Mapping[str, int] = field(default_factory=dict)
@@ -116,8 +121,8 @@ def run_passes(module: fx.GraphModule, ctx: Context, *, options: Options | None 
         expected = result.expected if result.expected is not None else each.expect(ctx)
         records.append(Record(each.name, result.matches, expected, each.exactness, before, len(graph.nodes),
                               time.perf_counter() - start))
-        upstream_altered = bool(options.skip or options.limit)
-        if limit is None and not upstream_altered and expected is not None and result.matches != expected:
+        enforced = result.expected is not None or not (options.skip or options.limit)
+        if enforced and expected is not None and result.matches != expected:
             raise PassError(_explain(each, ctx, result, expected))
         for watch in watchers:
             watch(each.name, graph)
@@ -130,3 +135,42 @@ def _explain(each: Pass, ctx: Context, result: PassResult, expected: int) -> str
     if not result.near_misses:
         return head + "; nothing came near the pattern"
     return head + ";\n  " + "\n  ".join(map(str, result.near_misses[:4]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from gptoss_compile.checkpoint import Checkpoint
+    from gptoss_compile.cli import parse_buckets
+    from gptoss_compile.compiler import default_buckets
+    from gptoss_compile.config_parse import parse_config
+    from gptoss_compile.demo import demo_config
+    from gptoss_compile.hub import locate
+    from gptoss_compile.verify import bisect
+
+    parser = argparse.ArgumentParser(prog="python -m gptoss_compile.pipeline", description="Debug the passes.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("bisect", help="find the first pass, and its first match, that changes results")
+    command.add_argument("model", nargs="?", help="checkpoint folder or hub id (default: the demo model)")
+    command.add_argument("--config", type=Path, help="a config.json alone; no weights are needed")
+    command.add_argument("--target", default="cpu")
+    command.add_argument("--bucket", type=parse_buckets, metavar="decode:8", help="(default: all of the target's)")
+    command.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    try:
+        target = Target.parse(options.target)
+        if options.config:
+            config = parse_config(options.config, "mxfp4")
+        else:
+            config = Checkpoint.open(locate(options.model)).config if options.model else demo_config()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for bucket in options.bucket or default_buckets(target):
+        culprit = bisect(config, bucket, target, seed=options.seed)
+        print(f"{bucket.name}: {culprit or 'every pass keeps its exactness'}")
+        if culprit:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -19,10 +19,11 @@ from torch import Tensor, fx
 
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.interpreter import run_graph
+from gptoss_compile.launch_plan import Weight
 from gptoss_compile.match import simplify
 from gptoss_compile.passes.base import Context, Exactness, Pass
 from gptoss_compile.target import Target
-from gptoss_compile.trace import Geometry, Role, cache_shapes, trace_function
+from gptoss_compile.trace import DTYPE_NAMES, Geometry, Role, cache_shapes, trace_function
 
 TOLERANCE: dict[Exactness, float] = {"bitwise": 0.0, "ulp": 2e-6, "rtol": 2e-5}  # of ‖difference‖ / ‖before‖, in fp32
 
@@ -46,7 +47,10 @@ def tiny_context(config: ModelConfig, bucket: Bucket, target: Target) -> Context
 
 
 def random_weight(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """O(1 / sqrt(fan-in)) values; bytes are MXFP4 blocks, or scales around 2^-6 if the last extent is no 16."""
+    """O(1 / sqrt(fan-in)) values; bytes are MXFP4 blocks, or scales around 2^-6 if the last extent is no 16; integers are
+    0, 1 or 2."""
+    if dtype == torch.int32:
+        return torch.randint(0, 3, tuple(shape), generator=generator, dtype=torch.int32)
     if dtype == torch.uint8:
         low, high = (0, 256) if shape[-1] == 16 and len(shape) == 4 else (119, 124)
         return torch.randint(low, high, tuple(shape), generator=generator, dtype=torch.uint8)
@@ -148,14 +152,11 @@ def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 def function_graph(function: Callable[..., Any], examples: Sequence[Tensor]) -> fx.Graph:
     """A function of tensors as a graph whose placeholders are weights called w0, w1, ..."""
-    from gptoss_compile.launch_plan import Weight
-    from gptoss_compile.trace import DTYPE_NAMES
-
     graph = trace_function(function, [torch.empty_like(e) for e in examples])
     simplify(graph)
     for i, node in enumerate(graph.find_nodes(op="placeholder")):
         value = node.meta["val"]
-        name = f"x.w{i}.weight"
+        name = f"x.w{i}.{'weight' if value.ndim > 1 else 'bias'}"
         node.meta["role"] = Role("weight", name, Weight(name, DTYPE_NAMES[value.dtype], tuple(value.shape), (name,)))
     return graph
 
@@ -172,12 +173,19 @@ def structure(graph: fx.Graph) -> list[str]:
 
 
 def check_rewrite(each: Pass, ctx: Context, before: Callable[..., Any], after: Callable[..., Any],
-                  examples: Sequence[Tensor], *, seed: int = 0, matches: int = 1) -> None:
-    """Assert that the pass turns `before` into `after`, structurally, and that both give the same numbers."""
-    graph, wanted = function_graph(before, examples), function_graph(after, examples)
+                  examples: Sequence[Tensor], *, after_examples: Sequence[Tensor] | None = None,
+                  values: Mapping[int, Tensor] | None = None, seed: int = 0, matches: int = 1) -> None:
+    """Assert that the pass turns `before` into `after`, structurally, and that it keeps the numbers.
+
+    after_examples: the parameters of `after` where they are others, because the pass makes new weights.
+    values: parameters (by index) that must not be just any numbers.
+    """
+    graph, wanted = function_graph(before, examples), function_graph(after, after_examples or examples)
     generator = torch.Generator().manual_seed(seed)
     tensors = {n.meta["role"].name: random_weight(tuple(n.meta["val"].shape), n.meta["val"].dtype, generator)
                for n in graph.find_nodes(op="placeholder")}
+    for i, value in (values or {}).items():
+        tensors[list(tensors)[i]] = value
     old = run(graph, tensors)
     result = each.run(graph, ctx)
     graph.lint()

@@ -24,7 +24,8 @@ def run(graph: fx.Graph, ctx: Context) -> PassResult:
 
     def build(partial: fx.Node, residual: fx.Node, weight: fx.Node) -> list[fx.Node]:
         both = call(graph, ops.allreduce_add_rms_norm.default, partial, residual, weight, eps)
-        return [getitem(graph, both, 1), getitem(graph, both, 0)]
+        total, normed = getitem(graph, both, 0), getitem(graph, both, 1)
+        return [normed, total]
 
     x = ctx.example(ctx.bucket.tokens, ctx.config.hidden)
     return rewrite(graph, ctx, pattern, [(x, x, ctx.example(ctx.config.hidden))], build)
