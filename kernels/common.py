@@ -19,7 +19,6 @@ from gptoss_compile.kernels.spec import DType, Launch, Operand, Pdl, Source, Ten
 from gptoss_compile.target import Target
 
 
-
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, typed."""
     return triton.jit(function)
@@ -40,13 +39,25 @@ def trigger(PDL: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def expert_tile(weight_ptr: tl.tensor, scales_ptr: tl.tensor, rows: tl.tensor, start: tl.tensor, N: tl.constexpr, K: tl.constexpr,
-                BK: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
-    """Rows `rows` and columns start … start + BK of one expert's [N, K] weights, [len(rows), BK] in DTYPE, 0 outside.
+def mxfp4(packed: tl.tensor, scales: tl.tensor) -> tl.tensor:
+    """fp32 [N, 2·K] of MXFP4 bytes [N, K] (low nibble first) and e8m0 scales [N, K/16], decoded in registers.
 
-    MXFP4 is decoded in registers: the nibble s|ee|m goes to bits 15|11,10|9 of an fp16, which is its value times 2^-14
-    (denormals included), and the block's scale 2^(s - 127) times 2^14 restores it. Exact for scales s <= 240.
+    The nibble s|ee|m goes to bits 15|11,10|9 of an fp16, which then is 2^-14 times its value (denormals included); the
+    block's scale 2^(s - 127) times 2^14 restores it. Exact for scales s <= 240.
     """
+    bits = packed.to(tl.int16)
+    even = ((bits & 7) << 9) | ((bits & 8) << 12)
+    odd = ((bits & 112) << 5) | ((bits & 128) << 8)
+    values = tl.join(even, odd).to(tl.float16, bitcast=True).to(tl.float32)
+    factor = (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 16384.0
+    blocks = tl.reshape(values, (scales.shape[0], scales.shape[1], 32)) * factor[:, :, None]
+    return tl.reshape(blocks, (packed.shape[0], 2 * packed.shape[1]))
+
+
+@jit
+def expert_tile(weight_ptr: tl.tensor, scales_ptr: tl.tensor, rows: tl.tensor, start: tl.tensor, N: tl.constexpr,
+                K: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+    """Rows `rows`, columns start … start + BK of one expert's [N, K] weights: [len(rows), BK] in DTYPE, 0 outside."""
     inside = (rows < N)[:, None]
     if scales_ptr is None:
         k = start + tl.arange(0, BK)
@@ -54,17 +65,12 @@ def expert_tile(weight_ptr: tl.tensor, scales_ptr: tl.tensor, rows: tl.tensor, s
         return tile.to(DTYPE)
     else:
         byte = start // 2 + tl.arange(0, BK // 2)
-        packed = tl.load(weight_ptr + rows[:, None] * (K // 2) + byte[None, :],
-                         mask=inside & (byte < K // 2)[None, :], other=0).to(tl.int16)
         block = start // 32 + tl.arange(0, BK // 32)
-        scale = tl.load(scales_ptr + rows[:, None] * (K // 32) + block[None, :],
-                        mask=inside & (block < K // 32)[None, :], other=0)
-        factor = (scale.to(tl.int32) << 23).to(tl.float32, bitcast=True) * 16384.0
-        even = ((packed & 7) << 9) | ((packed & 8) << 12)
-        odd = ((packed & 112) << 5) | ((packed & 128) << 8)
-        values = tl.join(even, odd).to(tl.float16, bitcast=True).to(tl.float32)
-        values = tl.reshape(values, (rows.shape[0], BK // 32, 32)) * factor[:, :, None]
-        return tl.reshape(values, (rows.shape[0], BK)).to(DTYPE)
+        packed = tl.load(weight_ptr + rows[:, None] * (K // 2) + byte[None, :],
+                         mask=inside & (byte < K // 2)[None, :], other=0)
+        scales = tl.load(scales_ptr + rows[:, None] * (K // 32) + block[None, :],
+                         mask=inside & (block < K // 32)[None, :], other=0)
+        return mxfp4(packed, scales).to(DTYPE)
 
 
 @jit

@@ -134,42 +134,47 @@ def find_tile(count_ptr: tl.tensor, order_ptr: tl.tensor, tile: tl.tensor, T: tl
 
 
 @jit
+def activated(acc: tl.tensor, bias_ptr: tl.tensor, n: tl.tensor, N: tl.constexpr, ALPHA: tl.constexpr,
+              LIMIT: tl.constexpr) -> tl.tensor:
+    """swiglu(acc + bias), [BN/2, BT], of acc [BN, BT] with gates in the even rows n and ups in the odd ones."""
+    acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    pairs = tl.reshape(acc, (acc.shape[0] // 2, 2, acc.shape[1]))
+    gate, up = tl.split(tl.permute(pairs, (0, 2, 1)))
+    return swiglu(gate, up, ALPHA, LIMIT)
+
+
+@jit
 def grouped_gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.tensor,
-                           weight_ptr: tl.tensor, scales_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr,
-                           E: tl.constexpr, I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
+                           weight_ptr: tl.tensor, scales_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor,
+                           T: tl.constexpr, E: tl.constexpr, I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
                            EPS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, EP: tl.constexpr,
                            BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
-    """Program (tile, part), part fastest: features part·BN … of BT pairs of one expert."""
+    """Program (tile, part), part fastest: weight rows part·BN …, that is BN/2 features, of BT pairs of one expert."""
     trigger(PDL)
-    parts: tl.constexpr = (I + BN - 1) // BN
-    i = tl.program_id(0) % parts * BN + tl.arange(0, BN)
+    parts: tl.constexpr = (2 * I + BN - 1) // BN
+    part = tl.program_id(0) % parts
+    n = part * BN + tl.arange(0, BN)
     wait(PDL)
     expert, pair, exists = find_tile(count_ptr, order_ptr, tl.program_id(0) // parts, T, E, EP, BT)
-    if expert >= E:
-        return
-    weight = weights_of(weight_ptr, expert, scales_ptr, 2 * I, H)
-    scales = blocks_of(scales_ptr, expert, 2 * I, H)
-    line = x_ptr + (pair // TOP_K)[:, None] * H
-    gate = tl.zeros((BN, BT), tl.float32)
-    up = tl.zeros((BN, BT), tl.float32)
-    squares = tl.zeros((BT,), tl.float32)
-    for start in range(0, H, BK):
-        k = start + tl.arange(0, BK)
-        x = tl.load(line + k[None, :], mask=exists[:, None] & (k < H)[None, :], other=0.0).to(tl.float32)
-        squares += tl.sum(x * x, 1)
-        x *= tl.load(norm_weight_ptr + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
-        column = tl.trans(x.to(x_ptr.dtype.element_ty))
-        gate = tl.dot(expert_tile(weight, scales, 2 * i, start, 2 * I, H, BK, column.dtype), column, gate,
-                      input_precision="ieee")
-        up = tl.dot(expert_tile(weight, scales, 2 * i + 1, start, 2 * I, H, BK, column.dtype), column, up,
-                    input_precision="ieee")
-    factor = tl.rsqrt(squares / H + EPS)[None, :]
-    bias = bias_ptr + expert * 2 * I + 2 * i
-    gate = gate * factor + tl.load(bias, mask=i < I, other=0.0).to(tl.float32)[:, None]
-    up = up * factor + tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)[:, None]
-    h = swiglu(gate, up, ALPHA, LIMIT)
-    tl.store(out0_ptr + pair[None, :] * I + i[:, None], h.to(out0_ptr.dtype.element_ty),
-             mask=(i < I)[:, None] & exists[None, :])
+    if expert < E:  # no early return: Triton's passes for Blackwell want structured control flow
+        weight = weights_of(weight_ptr, expert, scales_ptr, 2 * I, H)
+        scales = blocks_of(scales_ptr, expert, 2 * I, H)
+        line = x_ptr + (pair // TOP_K)[:, None] * H
+        acc = tl.zeros((BN, BT), tl.float32)
+        squares = tl.zeros((BT,), tl.float32)
+        for start in range(0, H, BK):
+            k = start + tl.arange(0, BK)
+            x = tl.load(line + k[None, :], mask=exists[:, None] & (k < H)[None, :], other=0.0).to(tl.float32)
+            squares += tl.sum(x * x, 1)
+            x *= tl.load(norm_weight_ptr + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
+            x = x.to(x_ptr.dtype.element_ty)
+            acc = tl.dot(expert_tile(weight, scales, n, start, 2 * I, H, BK, x.dtype), tl.trans(x), acc,
+                         input_precision="ieee")
+        acc *= tl.rsqrt(squares / H + EPS)[None, :]
+        h = activated(acc, bias_ptr + expert * 2 * I, n, 2 * I, ALPHA, LIMIT)
+        i = part * (BN // 2) + tl.arange(0, BN // 2)
+        tl.store(out0_ptr + pair[None, :] * I + i[:, None], h.to(out0_ptr.dtype.element_ty),
+                 mask=(i < I)[:, None] & exists[None, :])
 
 
 @jit
@@ -183,20 +188,19 @@ def grouped_down_kernel(h_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.te
     n = tl.program_id(0) % parts * BN + tl.arange(0, BN)
     wait(PDL)
     expert, pair, exists = find_tile(count_ptr, order_ptr, tl.program_id(0) // parts, T, E, EP, BT)
-    if expert >= E:
-        return
-    weight = weights_of(weight_ptr, expert, scales_ptr, H, I)
-    scales = blocks_of(scales_ptr, expert, H, I)
-    line = h_ptr + pair[:, None] * I
-    acc = tl.zeros((BN, BT), tl.float32)
-    for start in range(0, I, BK):
-        k = start + tl.arange(0, BK)
-        h = tl.load(line + k[None, :], mask=exists[:, None] & (k < I)[None, :], other=0.0)
-        acc = tl.dot(expert_tile(weight, scales, n, start, H, I, BK, h.dtype), tl.trans(h), acc,
-                     input_precision="ieee")
-    acc += tl.load(bias_ptr + expert * H + n, mask=n < H, other=0.0).to(tl.float32)[:, None]
-    tl.store(out0_ptr + pair[None, :] * H + n[:, None], acc.to(out0_ptr.dtype.element_ty),
-             mask=(n < H)[:, None] & exists[None, :])
+    if expert < E:  # no early return: Triton's passes for Blackwell want structured control flow
+        weight = weights_of(weight_ptr, expert, scales_ptr, H, I)
+        scales = blocks_of(scales_ptr, expert, H, I)
+        line = h_ptr + pair[:, None] * I
+        acc = tl.zeros((BN, BT), tl.float32)
+        for start in range(0, I, BK):
+            k = start + tl.arange(0, BK)
+            h = tl.load(line + k[None, :], mask=exists[:, None] & (k < I)[None, :], other=0.0)
+            acc = tl.dot(expert_tile(weight, scales, n, start, H, I, BK, h.dtype), tl.trans(h), acc,
+                         input_precision="ieee")
+        acc += tl.load(bias_ptr + expert * H + n, mask=n < H, other=0.0).to(tl.float32)[:, None]
+        tl.store(out0_ptr + pair[None, :] * H + n[:, None], acc.to(out0_ptr.dtype.element_ty),
+                 mask=(n < H)[:, None] & exists[None, :])
 
 
 @jit
@@ -236,21 +240,27 @@ def _tiles(target: Target, operands: Mapping[str, Operand], features: int, token
     """(the constants of a grouped product, its grid)."""
     experts = tensor(operands, "weight").shape[0]
     tile, most = group_tile(tokens, top_k, experts)
-    wide = 64 if features >= 64 else max(16, pow2(features))
+    wide = min(max(pow2(features), 16), 128)
     return {"T": tokens, "E": experts, "EP": pow2(experts), "BN": wide, "BT": tile, "BK": 64}, \
         most * cdiv(features, wide)
+
+
+def _warps(constants: Mapping[str, int]) -> int:
+    """More where the accumulator would fill four warps' registers."""
+    return 8 if constants["BN"] * constants["BT"] >= 128 * 64 else 4
 
 
 def grouped_gate_up_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
     x, weight, top_k = tensor(operands, "x"), tensor(operands, "weight"), integer(operands, "top_k")
     (tokens, hidden), inner = x.shape, weight.shape[1] // 2
     out = TensorSpec((tokens, top_k, inner), x.dtype)
-    constants, grid = _tiles(target, operands, inner, tokens, top_k)
+    constants, grid = _tiles(target, operands, 2 * inner, tokens, top_k)
     constants |= {"I": inner, "H": hidden, "TOP_K": top_k, "EPS": number(operands, "eps"),
                   "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit")}
     pairs = tokens * top_k
     return (launch(grouped_gate_up_kernel, target, {**operands, "out0": out}, constants, grid=grid,
                    moved=x.bytes + out.bytes + expert_bytes(operands, pairs), flops=4 * pairs * inner * hidden,
+                   num_warps=_warps(constants),
                    promises=mma(target, narrow=constants["BN"] < 64) if x.dtype == "bf16" else ()),)
 
 
@@ -263,6 +273,7 @@ def grouped_down_launch(target: Target, operands: Mapping[str, Operand]) -> tupl
     return (launch(grouped_down_kernel, target, {**operands, "out0": out}, {**constants, "H": hidden, "I": inner},
                    grid=grid, moved=h.bytes + out.bytes + expert_bytes(operands, pairs),
                    flops=2 * pairs * inner * hidden,
+                   num_warps=_warps(constants),
                    promises=mma(target, narrow=constants["BN"] < 64) if h.dtype == "bf16" else ()),)
 
 

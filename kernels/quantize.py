@@ -18,9 +18,9 @@ from gptoss_compile.kernels.common import (
     integer,
     jit,
     launch,
+    mxfp4,
     number,
     pow2,
-    swiglu,
     tensor,
     trigger,
     wait,
@@ -28,7 +28,7 @@ from gptoss_compile.kernels.common import (
 from gptoss_compile.kernels.maths import experts_up, ids_of_order, rms_norm
 from gptoss_compile.kernels.maths import swiglu as swiglu_twin
 from gptoss_compile.kernels.moe import blocks_of, expert_bytes, weights_of
-from gptoss_compile.kernels.moe_grouped import find_tile, group_tile
+from gptoss_compile.kernels.moe_grouped import activated, find_tile, group_tile
 from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
 from gptoss_compile.target import Target
 
@@ -109,16 +109,14 @@ def quantize_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, out0_ptr: tl.t
 
 
 @jit
-def scaled_product(weight: tl.tensor, scales: tl.tensor, rows: tl.tensor, x: tl.tensor, x_scales: tl.tensor, start: tl.tensor, acc: tl.tensor,
-                   N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr) -> tl.tensor:
-    """acc [BN, BT] + rows `rows`, columns start … of MXFP4 weights · MXFP8 x [BK, BT] with x_scales [BT, BK/32]."""
-    byte = start // 2 + tl.arange(0, BK // 2)
-    block = start // 32 + tl.arange(0, BK // 32)
-    inside = (rows < N)[:, None]
-    w = tl.load(weight + rows[:, None] * (K // 2) + byte[None, :], mask=inside & (byte < K // 2)[None, :], other=0)
-    s = tl.load(scales + rows[:, None] * (K // 32) + block[None, :], mask=inside & (block < K // 32)[None, :],
-                other=0)
-    return tl.dot_scaled(w, s, "e2m1", x, x_scales, "e4m3", acc)
+def mxfp8(values: tl.tensor, scales: tl.tensor) -> tl.tensor:
+    """fp32 [K, BT] of e4m3 bytes [K, BT] and e8m0 scales [BT, K/32], by hand: e4m3's bits s|eeee|mmm are an fp16's
+    15|13…10|9…7, and its value 2^-8 of e4m3's."""
+    bits = values.to(tl.int16)
+    wide = (((bits & 127) << 7) | ((bits & 128) << 8)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    factor = (tl.trans(scales).to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    blocks = tl.reshape(wide, (factor.shape[0], 32, factor.shape[1])) * factor[:, None, :]
+    return tl.reshape(blocks, (values.shape[0], values.shape[1]))
 
 
 @jit
@@ -126,34 +124,36 @@ def grouped_mx_kernel(q_ptr: tl.tensor, qscales_ptr: tl.tensor, order_ptr: tl.te
                       scales_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr,
                       I: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, TOP_K: tl.constexpr, ALPHA: tl.constexpr,
                       LIMIT: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-                      PDL: tl.constexpr) -> tl.tensor:
-    """Program (tile, part), part fastest: features part·BN … of BT pairs of one expert."""
+                      SCALED_MMA: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
+    """Program (tile, part), part fastest: weight rows part·BN …, that is BN/2 features, of BT pairs of one expert."""
     trigger(PDL)
-    parts: tl.constexpr = (I + BN - 1) // BN
-    i = tl.program_id(0) % parts * BN + tl.arange(0, BN)
+    parts: tl.constexpr = (2 * I + BN - 1) // BN
+    part = tl.program_id(0) % parts
+    n = part * BN + tl.arange(0, BN)
+    inside = (n < 2 * I)[:, None]
     wait(PDL)
     expert, pair, exists = find_tile(count_ptr, order_ptr, tl.program_id(0) // parts, T, E, EP, BT)
-    if expert >= E:
-        return
-    weight = weights_of(weight_ptr, expert, scales_ptr, 2 * I, H)
-    scales = blocks_of(scales_ptr, expert, 2 * I, H)
-    token = pair // TOP_K
-    gate = tl.zeros((BN, BT), tl.float32)
-    up = tl.zeros((BN, BT), tl.float32)
-    for start in range(0, HP, BK):
-        k = start + tl.arange(0, BK)
-        g = start // 32 + tl.arange(0, BK // 32)
-        x = tl.load(q_ptr + token[None, :] * HP + k[:, None], mask=exists[None, :], other=0)
-        s = tl.load(qscales_ptr + token[:, None] * (HP // 32) + g[None, :], mask=exists[:, None], other=0)
-        x = x.to(tl.float8e4nv, bitcast=True)
-        gate = scaled_product(weight, scales, 2 * i, x, s, start, gate, 2 * I, H, BK)
-        up = scaled_product(weight, scales, 2 * i + 1, x, s, start, up, 2 * I, H, BK)
-    bias = bias_ptr + expert * 2 * I + 2 * i
-    gate += tl.load(bias, mask=i < I, other=0.0).to(tl.float32)[:, None]
-    up += tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)[:, None]
-    h = swiglu(gate, up, ALPHA, LIMIT)
-    tl.store(out0_ptr + pair[None, :] * I + i[:, None], h.to(out0_ptr.dtype.element_ty),
-             mask=(i < I)[:, None] & exists[None, :])
+    if expert < E:
+        weight = weights_of(weight_ptr, expert, scales_ptr, 2 * I, H) + n[:, None] * (H // 2)
+        scales = blocks_of(scales_ptr, expert, 2 * I, H) + n[:, None] * (H // 32)
+        token = pair // TOP_K
+        acc = tl.zeros((BN, BT), tl.float32)
+        for start in range(0, HP, BK):
+            k = start + tl.arange(0, BK)
+            byte = start // 2 + tl.arange(0, BK // 2)
+            block = start // 32 + tl.arange(0, BK // 32)
+            w = tl.load(weight + byte[None, :], mask=inside & (byte < H // 2)[None, :], other=0)
+            ws = tl.load(scales + block[None, :], mask=inside & (block < H // 32)[None, :], other=0)
+            x = tl.load(q_ptr + token[None, :] * HP + k[:, None], mask=exists[None, :], other=0)
+            xs = tl.load(qscales_ptr + token[:, None] * (HP // 32) + block[None, :], mask=exists[:, None], other=0)
+            if SCALED_MMA:
+                acc = tl.dot_scaled(w, ws, "e2m1", x.to(tl.float8e4nv, bitcast=True), xs, "e4m3", acc)
+            else:
+                acc = tl.dot(mxfp4(w, ws), mxfp8(x, xs), acc, input_precision="ieee")
+        h = activated(acc, bias_ptr + expert * 2 * I, n, 2 * I, ALPHA, LIMIT)
+        i = part * (BN // 2) + tl.arange(0, BN // 2)
+        tl.store(out0_ptr + pair[None, :] * I + i[:, None], h.to(out0_ptr.dtype.element_ty),
+                 mask=(i < I)[:, None] & exists[None, :])
 
 
 def has_block_scaling(target: Target, operands: Mapping[str, Operand]) -> bool:
@@ -180,11 +180,11 @@ def grouped_mx_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[
     wide, pairs = 128, tokens * top_k
     constants = {"T": tokens, "E": experts, "I": inner, "H": hidden, "HP": width, "TOP_K": top_k,
                  "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit"), "EP": pow2(experts),
-                 "BN": wide, "BT": tile, "BK": K_MULTIPLE}
+                 "BN": wide, "BT": tile, "BK": K_MULTIPLE, "SCALED_MMA": True}
     promise = "UTCQMMA" if target.has("tcgen05") else "v_mfma_scale"
-    return (launch(grouped_mx_kernel, target, {**operands, "out0": out}, constants, grid=most * cdiv(inner, wide),
+    return (launch(grouped_mx_kernel, target, {**operands, "out0": out}, constants, grid=most * cdiv(2 * inner, wide),
                    moved=q.bytes + out.bytes + expert_bytes(operands, pairs), flops=4 * pairs * inner * hidden,
-                   promises=(promise,)),)
+                   promises=(promise,), num_warps=8 if tile >= 64 else 4),)
 
 
 SPECS = (
