@@ -1,0 +1,116 @@
+"""A bucket's launches, ready to go: one by one, or captured once as a CUDA graph that replays them.
+
+Kernels that a plan marks `pdl` are launched with programmatic stream serialisation, which capture turns into
+programmatic edges: such a kernel starts before its predecessor ends, and waits for it inside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptoss_compile.launch_plan import KernelLaunch, LaunchPlan, Operand, Step
+from gptoss_compile.runtime.cuda_driver import CudaError, Device, Kernel
+
+_PROGRAMMATIC = (1, 1)  # (type, from_port) of an edge to a kernel that waits inside
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch with its parameters in place. label: bucket, step, operator and kernel, for messages.
+
+    keep: owns the memory that `parameters`, the address of a void*[], points to.
+    """
+
+    label: str
+    config: Any
+    function: Any
+    parameters: int
+    keep: Any
+    pdl: bool
+
+    def enqueue(self, device: Device) -> None:
+        """Put it into the device's stream. Raises CudaError."""
+        device.check(device.api.cuLaunchKernelEx(self.config, self.function, self.parameters, 0),
+                     f"launching {self.label}")
+
+
+def prepare(device: Device, plan: LaunchPlan, kernels: dict[str, Kernel],
+            address_of: Callable[[Operand], int]) -> list[list[Launch]]:
+    """The launches of each step."""
+    prepared = []
+    for number, step in enumerate(plan.steps):
+        label = f"{plan.bucket} step {number} ({step.op}, kernel {{}})"
+        prepared.append([_launch(device, label.format(launch.binary), launch, kernels[launch.binary],
+                                 [address_of(_operand(step, launch, name)) for name in launch.args])
+                         for launch in step.launches])
+    return prepared
+
+
+def _operand(step: Step, launch: KernelLaunch, name: str) -> Operand:
+    """What a launch calls `name`: an operand of the step, one of its outputs, or the launch's own scratch."""
+    own = {f"out{i}": o for i, o in enumerate(step.outputs)} | {f"scratch{i}": o for i, o in enumerate(launch.scratch)}
+    value = own[name] if name in own else step.operands[name]
+    assert isinstance(value, Operand), f"{step.op}: argument {name} is {value!r}, not a tensor"
+    return value
+
+
+def _launch(device: Device, label: str, launch: KernelLaunch, kernel: Kernel, pointers: Sequence[int]) -> Launch:
+    """Parameters of a Triton kernel: its pointers, then two scratch pointers, here null."""
+    values = (ctypes.c_uint64 * (len(pointers) + 2))(*pointers, 0, 0)
+    start = ctypes.addressof(values)
+    table = (ctypes.c_uint64 * len(values))(*(start + 8 * i for i in range(len(values))))
+    config = device.api.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+    config.sharedMemBytes, config.hStream = kernel.shared, device.stream
+    if launch.pdl:
+        attribute, value = device.api.CUlaunchAttribute(), device.api.CUlaunchAttributeValue()
+        attribute.id = device.api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.value = value
+        config.attrs, config.numAttrs = [attribute], 1
+    return Launch(label, config, kernel.function, ctypes.addressof(table), (values, table), launch.pdl)
+
+
+class Graph:
+    """All launches of a bucket, captured. programmatic: how many of its edges are."""
+
+    def __init__(self, device: Device, bucket: str, launches: Sequence[Launch]) -> None:
+        """Raises CudaError if a launch is refused or loses its programmatic attribute (drivers drop it silently)."""
+        self._device, self._bucket = device, bucket
+        api, stream = device.api, device.stream
+        mode = api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        device.check(api.cuStreamBeginCapture(stream, mode), f"capturing {bucket}")
+        try:
+            for launch in launches:
+                launch.enqueue(device)
+        except CudaError:
+            api.cuStreamEndCapture(stream)  # ends the capture; what it returns is of no use
+            raise
+        graph = device.check(api.cuStreamEndCapture(stream), f"capturing {bucket}")
+        self.programmatic = self._count_programmatic(graph)
+        wanted = sum(launch.pdl for launch in launches[1:])  # before the first there is nothing to overlap with
+        if self.programmatic != wanted:
+            raise CudaError(f"capturing {bucket} gave {self.programmatic} programmatic edges instead of {wanted}: the "
+                            "driver dropped the others' attribute")
+        self._executable = device.check(api.cuGraphInstantiate(graph, 0), f"instantiating the graph of {bucket}")
+        device.check(api.cuGraphDestroy(graph), f"destroying the template of {bucket}")
+
+    def _count_programmatic(self, graph: Any) -> int:
+        api, doing = self._device.api, f"reading the edges of {self._bucket}"
+        *_, count = self._device.check(api.cuGraphGetEdges(graph, 0), doing)
+        if not count:
+            return 0
+        _, _, edges, _ = self._device.check(api.cuGraphGetEdges(graph, count), doing)
+        return sum((int(edge.type), int(edge.from_port)) == _PROGRAMMATIC for edge in edges)
+
+    def replay(self) -> None:
+        """Put all launches into the device's stream."""
+        self._device.check(self._device.api.cuGraphLaunch(self._executable, self._device.stream),
+                           f"replaying {self._bucket}")
+
+    def close(self) -> None:
+        self._device.api.cuGraphExecDestroy(self._executable)
