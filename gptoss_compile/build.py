@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,8 @@ class Binary:
     """One kernel's machine code and what its launch must know.
 
     code: a cubin or an hsaco; assembly: AMD's listing (empty for NVIDIA, whose listing cuobjdump makes from the code).
-    threads: of a block. shared: dynamic shared memory in bytes. The launch's parameters are the pointers of the
+    threads: of a block. shared: dynamic shared memory in bytes. registers: of a thread (gfx: vector registers); spilled:
+    a thread's bytes in local memory, which ought to be none. The launch's parameters are the pointers of the
     source's signature and then the two scratch pointers (null where the scratch size is 0); a scratch buffer has
     `…_size` bytes for each block of the grid.
     """
@@ -54,6 +58,8 @@ class Binary:
     profile_scratch_size: int
     profile_scratch_align: int
     launch_pdl: bool
+    registers: int
+    spilled: int
     compiler: str
     code: bytes
     assembly: bytes
@@ -168,14 +174,50 @@ def _compile(source: Source, target: Target, key: str) -> Binary:
                 os.environ["TRITON_CACHE_DIR"] = before
     m = compiled.metadata
     cuda = target.backend == "cuda"
+    code = compiled.asm["cubin" if cuda else "hsaco"]
+    assembly = "" if cuda else compiled.asm["amdgcn"]
+    registers, spilled = resources_nvidia(code) if cuda else resources_amd(assembly)
     return Binary(
         key=key, symbol=m.name, target=target.name, num_warps=m.num_warps, num_ctas=m.num_ctas,
         threads=m.num_warps * target.warp, shared=m.shared, tensor_memory=getattr(m, "tmem_size", None) or 0,
         global_scratch_size=getattr(m, "global_scratch_size", 0),  # AMD has none
         global_scratch_align=getattr(m, "global_scratch_align", 1),
         profile_scratch_size=m.profile_scratch_size, profile_scratch_align=m.profile_scratch_align,
-        launch_pdl=bool(options.get("launch_pdl")), compiler=f"triton {triton.__version__}",
-        code=compiled.asm["cubin" if cuda else "hsaco"], assembly=b"" if cuda else compiled.asm["amdgcn"].encode())
+        launch_pdl=bool(options.get("launch_pdl")), registers=registers, spilled=spilled,
+        compiler=_compiler(target), code=code, assembly=assembly.encode())
+
+
+def _compiler(target: Target) -> str:
+    if target.backend != "cuda":
+        return f"triton {version('triton')}"
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return f"triton {version('triton')}, ptxas {get_ptxas(target.arch).version}"
+
+
+def nvidia_tool(name: str) -> Path:
+    """A tool of NVIDIA's that Triton ships (cuobjdump, nvdisasm). Triton itself is not imported."""
+    package = find_spec("triton")
+    assert package is not None and package.origin is not None, "compiling needs triton"
+    return Path(package.origin).parent / "backends" / "nvidia" / "bin" / name
+
+
+def resources_nvidia(code: bytes) -> tuple[int, int]:
+    """(registers, local bytes) of a thread of a cubin's kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        text = subprocess.run([nvidia_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True,
+                              check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found is not None, f"cuobjdump says nothing about registers: {text!r}"
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def resources_amd(assembly: str) -> tuple[int, int]:
+    """(vector registers, private bytes) of a thread."""
+    values = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", assembly))
+    return int(values["vgpr_count"]), int(values["private_segment_fixed_size"])
 
 
 def _store(directory: Path, binary: Binary) -> None:

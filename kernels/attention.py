@@ -204,7 +204,7 @@ def finished(m: tl.tensor, l: tl.tensor, acc: tl.tensor, sink: tl.tensor) -> tl.
 
 
 @jit
-def decode_kernel(qkv_ptr: tl.tensor, cos_sin_ptr: tl.tensor, cache_ptr: tl.tensor, table_ptr: tl.tensor, sequences_ptr: tl.tensor,
+def attention_decode_kernel(qkv_ptr: tl.tensor, cos_sin_ptr: tl.tensor, cache_ptr: tl.tensor, table_ptr: tl.tensor, sequences_ptr: tl.tensor,
                   positions_ptr: tl.tensor, sinks_ptr: tl.tensor, out0_ptr: tl.tensor, scratch0_ptr: tl.tensor, scratch1_ptr: tl.tensor,
                   scratch2_ptr: tl.tensor, SCALE: tl.constexpr, Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
                   PAGE: tl.constexpr, P: tl.constexpr, REACH: tl.constexpr, SPLITS: tl.constexpr, GP: tl.constexpr,
@@ -279,7 +279,7 @@ def decode_kernel(qkv_ptr: tl.tensor, cos_sin_ptr: tl.tensor, cache_ptr: tl.tens
 
 
 @jit
-def extend_kernel(q_ptr: tl.tensor, cache_ptr: tl.tensor, table_ptr: tl.tensor, sequences_ptr: tl.tensor, positions_ptr: tl.tensor,
+def attention_extend_kernel(q_ptr: tl.tensor, cache_ptr: tl.tensor, table_ptr: tl.tensor, sequences_ptr: tl.tensor, positions_ptr: tl.tensor,
                   sinks_ptr: tl.tensor, out0_ptr: tl.tensor, SCALE: tl.constexpr, T: tl.constexpr, Q: tl.constexpr,
                   KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, P: tl.constexpr, REACH: tl.constexpr,
                   GP: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
@@ -358,7 +358,7 @@ def attention_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[L
     keys = min(tokens, reach)
     out = TensorSpec((tokens, heads * dim), q.dtype)
     promises = mma(target, narrow=tile * group < 64) if q.dtype == "bf16" else ()
-    return (launch(extend_kernel, target, {**operands, "out0": out}, constants,
+    return (launch(attention_extend_kernel, target, {**operands, "out0": out}, constants,
                    grid=cdiv(tokens, tile) * constants["KV"], moved=2 * q.bytes + keys * 2 * q.bytes // tokens,
                    flops=2 * tokens * heads * dim * keys, promises=promises, num_warps=8 if tile * group >= 128 else 4,
                    preloads=("positions", "sequences", "sinks")),)
@@ -378,7 +378,7 @@ def decode_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Laun
     scratch = (TensorSpec((tokens, heads, splits, dim), "fp32"), TensorSpec((tokens, heads, splits, 2), "fp32"),
                TensorSpec((tokens, kv_heads), "i32")) if splits > 1 else ()
     out = TensorSpec((tokens, heads * dim), qkv.dtype)
-    return (launch(decode_kernel, target, {**operands, "out0": out}, constants, grid=tokens * kv_heads * splits,
+    return (launch(attention_decode_kernel, target, {**operands, "out0": out}, constants, grid=tokens * kv_heads * splits,
                    moved=qkv.bytes + out.bytes, flops=4 * tokens * heads * dim, scratch=scratch,
                    zeroed=(2,) if splits > 1 else (), preloads=("positions", "sequences", "sinks")),)
 

@@ -95,7 +95,7 @@ def weights_of(weight_ptr: tl.tensor, expert: tl.tensor, scales_ptr: tl.tensor, 
 
 
 @jit
-def gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ids_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor,
+def moe_gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ids_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor,
                    bias_ptr: tl.tensor, out0_ptr: tl.tensor, I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
                    EPS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
                    BK: tl.constexpr, HP: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
@@ -128,7 +128,7 @@ def gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ids_ptr: tl.ten
 
 
 @jit
-def down_kernel(h_ptr: tl.tensor, ids_ptr: tl.tensor, probs_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor, bias_ptr: tl.tensor,
+def moe_down_kernel(h_ptr: tl.tensor, ids_ptr: tl.tensor, probs_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor, bias_ptr: tl.tensor,
                 residual_ptr: tl.tensor, out0_ptr: tl.tensor, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr,
                 ROWS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program (token, part), part fastest: features part·ROWS … of one token, over all its experts in order."""
@@ -174,7 +174,7 @@ def gate_up_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Lau
     constants = {"I": inner, "H": hidden, "TOP_K": top_k, "EPS": number(operands, "eps"), "ROWS": rows, "BK": 256,
                  "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit"), "HP": pow2(hidden)}
     pairs = tokens * top_k
-    return (launch(gate_up_kernel, target, {**operands, "out0": out}, constants, grid=pairs * cdiv(inner, rows),
+    return (launch(moe_gate_up_kernel, target, {**operands, "out0": out}, constants, grid=pairs * cdiv(inner, rows),
                    moved=x.bytes + out.bytes + expert_bytes(operands, pairs), flops=4 * pairs * inner * hidden,
                    preloads=("x",), late_trigger=True),)
 
@@ -184,7 +184,7 @@ def down_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch
     hidden, rows = residual.shape[1], 16
     constants = {"H": hidden, "I": inner, "TOP_K": top_k, "ROWS": rows, "BK": 256}
     pairs = tokens * top_k
-    return (launch(down_kernel, target, {**operands, "out0": residual}, constants, grid=tokens * cdiv(hidden, rows),
+    return (launch(moe_down_kernel, target, {**operands, "out0": residual}, constants, grid=tokens * cdiv(hidden, rows),
                    moved=total_bytes(operands["h"], residual, residual) + expert_bytes(operands, pairs),
                    flops=2 * pairs * inner * hidden, preloads=("ids", "weight", "scales")),)
 

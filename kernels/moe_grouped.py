@@ -96,7 +96,7 @@ def moe_combine(y: Tensor, probs: Tensor, residual: Tensor) -> Tensor:
 
 
 @jit
-def sort_kernel(ids_ptr: tl.tensor, out0_ptr: tl.tensor, out1_ptr: tl.tensor, T: tl.constexpr, TOP_K: tl.constexpr,
+def moe_sort_kernel(ids_ptr: tl.tensor, out0_ptr: tl.tensor, out1_ptr: tl.tensor, T: tl.constexpr, TOP_K: tl.constexpr,
                 BLOCK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program e lists the pairs of expert e."""
     trigger(PDL)
@@ -144,7 +144,7 @@ def activated(acc: tl.tensor, bias_ptr: tl.tensor, n: tl.tensor, N: tl.constexpr
 
 
 @jit
-def grouped_gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.tensor,
+def moe_gate_up_grouped_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.tensor,
                            weight_ptr: tl.tensor, scales_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor,
                            T: tl.constexpr, E: tl.constexpr, I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
                            EPS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, EP: tl.constexpr,
@@ -178,7 +178,7 @@ def grouped_gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, order_p
 
 
 @jit
-def grouped_down_kernel(h_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor,
+def moe_down_grouped_kernel(h_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor,
                         bias_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
                         I: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
                         PDL: tl.constexpr) -> tl.tensor:
@@ -204,7 +204,7 @@ def grouped_down_kernel(h_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.te
 
 
 @jit
-def combine_kernel(y_ptr: tl.tensor, probs_ptr: tl.tensor, residual_ptr: tl.tensor, out0_ptr: tl.tensor, H: tl.constexpr,
+def moe_combine_kernel(y_ptr: tl.tensor, probs_ptr: tl.tensor, residual_ptr: tl.tensor, out0_ptr: tl.tensor, H: tl.constexpr,
                    TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program (t, j), j fastest: columns j·BLOCK … of token t."""
     trigger(PDL)
@@ -231,7 +231,7 @@ def sort_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch
     tokens, top_k = ids.shape
     outputs = {"out0": TensorSpec((experts, tokens), "i32"), "out1": TensorSpec((experts,), "i32")}
     constants = {"T": tokens, "TOP_K": top_k, "BLOCK": min(pow2(tokens * top_k), 1024)}
-    return (launch(sort_kernel, target, {**operands, **outputs}, constants, grid=experts,
+    return (launch(moe_sort_kernel, target, {**operands, **outputs}, constants, grid=experts,
                    moved=ids.bytes + total_bytes(*outputs.values())),)
 
 
@@ -258,7 +258,7 @@ def grouped_gate_up_launch(target: Target, operands: Mapping[str, Operand]) -> t
     constants |= {"I": inner, "H": hidden, "TOP_K": top_k, "EPS": number(operands, "eps"),
                   "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit")}
     pairs = tokens * top_k
-    return (launch(grouped_gate_up_kernel, target, {**operands, "out0": out}, constants, grid=grid,
+    return (launch(moe_gate_up_grouped_kernel, target, {**operands, "out0": out}, constants, grid=grid,
                    moved=x.bytes + out.bytes + expert_bytes(operands, pairs), flops=4 * pairs * inner * hidden,
                    num_warps=_warps(constants),
                    promises=mma(target, narrow=constants["BN"] < 64) if x.dtype == "bf16" else ()),)
@@ -270,7 +270,7 @@ def grouped_down_launch(target: Target, operands: Mapping[str, Operand]) -> tupl
     out = TensorSpec((tokens, top_k, hidden), h.dtype)
     constants, grid = _tiles(target, operands, hidden, tokens, top_k)
     pairs = tokens * top_k
-    return (launch(grouped_down_kernel, target, {**operands, "out0": out}, {**constants, "H": hidden, "I": inner},
+    return (launch(moe_down_grouped_kernel, target, {**operands, "out0": out}, {**constants, "H": hidden, "I": inner},
                    grid=grid, moved=h.bytes + out.bytes + expert_bytes(operands, pairs),
                    flops=2 * pairs * inner * hidden,
                    num_warps=_warps(constants),
@@ -281,7 +281,7 @@ def combine_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Lau
     y, residual = tensor(operands, "y"), tensor(operands, "residual")
     tokens, top_k, hidden = y.shape
     block = min(pow2(hidden), 1024)
-    return (launch(combine_kernel, target, {**operands, "out0": residual},
+    return (launch(moe_combine_kernel, target, {**operands, "out0": residual},
                    {"H": hidden, "TOP_K": top_k, "BLOCK": block}, grid=tokens * cdiv(hidden, block),
                    moved=y.bytes + 2 * residual.bytes, flops=2 * tokens * top_k * hidden),)
 

@@ -1,7 +1,7 @@
 """norm_linear, linear_residual, norm_head: dense projections with RMSNorm in front or a residual behind.
 
-Two kernels serve all three. `few_tokens_kernel` holds its rows of the weights in registers before the wait and runs
-through the tokens; `tiled_kernel` multiplies tiles on the tensor cores, weights as the left operand, so that a handful
+Two kernels serve all three. `linear_few_kernel` holds its rows of the weights in registers before the wait and runs
+through the tokens; `linear_tiled_kernel` multiplies tiles on the tensor cores, weights as the left operand, so that a handful
 of tokens (the columns) still fills a matrix instruction. RMSNorm's factor is a property of the token, hence of the
 column: both kernels multiply by norm_weight on the way in, sum the squares beside the product, and scale at the end.
 """
@@ -85,7 +85,7 @@ def normed(x: tl.tensor, norm_weight_ptr: tl.tensor, k: tl.tensor, K: tl.constex
 
 
 @jit
-def few_tokens_kernel(x_ptr: tl.tensor, rows_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor,
+def linear_few_kernel(x_ptr: tl.tensor, rows_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor,
                       residual_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
                       EPS: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
                       PDL: tl.constexpr) -> tl.tensor:
@@ -133,7 +133,7 @@ def multiply(acc: tl.tensor, squares: tl.tensor, w: tl.tensor, line: tl.tensor, 
 
 
 @jit
-def tiled_kernel(x_ptr: tl.tensor, rows_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor,
+def linear_tiled_kernel(x_ptr: tl.tensor, rows_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor,
                  residual_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
                  EPS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
                  PDL: tl.constexpr) -> tl.tensor:
@@ -165,7 +165,7 @@ def tiled_kernel(x_ptr: tl.tensor, rows_ptr: tl.tensor, norm_weight_ptr: tl.tens
     tl.store(out0_ptr + place, acc.to(out0_ptr.dtype.element_ty), mask=inside)
 
 
-def few_tokens_blocks(inner: int) -> tuple[int, int]:
+def row_blocks(inner: int) -> tuple[int, int]:
     """(HEAD, TAIL) of a row of `inner` weights."""
     head = 1 << (inner.bit_length() - 1)
     return head, pow2(inner - head) if inner > head else 0
@@ -179,10 +179,10 @@ def _linear(target: Target, operands: Mapping[str, Operand], out: TensorSpec) ->
     moved, flops = total_bytes(*operands.values(), out), 2 * tokens * features * inner
     all_operands = {**operands, "out0": out}
     if tokens <= FEW_TOKENS:
-        head, tail = few_tokens_blocks(inner)
+        head, tail = row_blocks(inner)
         rows = min(pow2(max(1, 65536 // (pow2(inner) * 2))), 16)
         constants |= {"ROWS": rows, "HEAD": head, "TAIL": tail}
-        return (launch(few_tokens_kernel, target, all_operands, constants, grid=cdiv(features, rows),
+        return (launch(linear_few_kernel, target, all_operands, constants, grid=cdiv(features, rows),
                        preloads=("weight",), num_warps=8, moved=moved, flops=flops),)
     tile = min(max(pow2(tokens), 16), 128)
     token_tiles = cdiv(tokens, tile)
@@ -190,7 +190,7 @@ def _linear(target: Target, operands: Mapping[str, Operand], out: TensorSpec) ->
     constants |= {"BN": wide, "BT": tile, "BK": 64 if weight.dtype == "bf16" else 32}
     promises = mma(target, narrow=wide < 64) if weight.dtype == "bf16" else ()
     warps = 8 if wide * tile >= 128 * 128 else 4
-    return (launch(tiled_kernel, target, all_operands, constants, grid=cdiv(features, wide) * token_tiles,
+    return (launch(linear_tiled_kernel, target, all_operands, constants, grid=cdiv(features, wide) * token_tiles,
                    preloads=("weight",), promises=promises, num_warps=warps, moved=moved, flops=flops),)
 
 

@@ -29,7 +29,7 @@ from gptoss_compile.kernels.common import (
     wait,
 )
 from gptoss_compile.kernels.maths import rms_norm
-from gptoss_compile.kernels.norm_linear import FEW_TOKENS, few_tokens_blocks
+from gptoss_compile.kernels.norm_linear import FEW_TOKENS, row_blocks
 from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
 from gptoss_compile.target import Target
 
@@ -59,8 +59,9 @@ def choose(logits_ptr: tl.tensor, probs_ptr: tl.tensor, ids_ptr: tl.tensor, t: t
     """The best TOP_K experts of tokens t and the softmax over their logits, from logits [T, E] to probs and ids."""
     e = tl.arange(0, EP)
     a = tl.arange(0, AP)
-    logits = tl.load(logits_ptr + t[:, None] * E + e[None, :], mask=(t < T)[:, None] & (e < E)[None, :],
-                     other=float("-inf"), cache_modifier=".cg")
+    logits = tl.load(logits_ptr + t[:, None] * E + e[None, :], mask=(t < T)[:, None] & (e < E)[None, :], other=0.0,
+                     cache_modifier=".cg")
+    logits = tl.where(e[None, :] < E, logits, float("-inf"))
     best = tl.max(logits, 1)
     weights = tl.zeros((t.shape[0], AP), tl.float32)
     for i in tl.static_range(TOP_K):
@@ -73,7 +74,7 @@ def choose(logits_ptr: tl.tensor, probs_ptr: tl.tensor, ids_ptr: tl.tensor, t: t
 
 
 @jit
-def few_tokens_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor,
+def route_few_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor,
                       out1_ptr: tl.tensor, scratch0_ptr: tl.tensor, scratch1_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr,
                       H: tl.constexpr, EPS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
                       HEAD: tl.constexpr, TAIL: tl.constexpr, TP: tl.constexpr, EP: tl.constexpr, AP: tl.constexpr,
@@ -106,7 +107,7 @@ def few_tokens_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: 
 
 
 @jit
-def tiled_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor,
+def route_tiled_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor,
                  out1_ptr: tl.tensor, scratch0_ptr: tl.tensor, scratch1_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr,
                  H: tl.constexpr, EPS: tl.constexpr, TOP_K: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
                  BK: tl.constexpr, EP: tl.constexpr, AP: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
@@ -153,17 +154,17 @@ def instantiate(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch
     logits = TensorSpec((tokens, experts), "fp32")
     moved, flops = total_bytes(*operands.values(), *outputs.values()), 2 * tokens * experts * hidden
     if tokens <= FEW_TOKENS:
-        head, tail = few_tokens_blocks(hidden)
+        head, tail = row_blocks(hidden)
         rows = 2
         constants |= {"ROWS": rows, "HEAD": head, "TAIL": tail, "TP": pow2(tokens)}
-        return (launch(few_tokens_kernel, target, {**operands, **outputs}, constants, grid=cdiv(experts, rows),
+        return (launch(route_few_kernel, target, {**operands, **outputs}, constants, grid=cdiv(experts, rows),
                        scratch=(logits, TensorSpec((1,), "i32")), zeroed=(1,), late_trigger=True,
                        preloads=("weight", "norm_weight", "bias"), num_warps=8, moved=moved,
                        flops=flops),)
     block, tile = min(max(pow2(experts), 16), 32), min(max(pow2(tokens), 16), 32)
     tiles = cdiv(tokens, tile)
     constants |= {"BE": block, "BT": tile, "BK": 64}
-    return (launch(tiled_kernel, target, {**operands, **outputs}, constants, grid=tiles * cdiv(experts, block),
+    return (launch(route_tiled_kernel, target, {**operands, **outputs}, constants, grid=tiles * cdiv(experts, block),
                    scratch=(logits, TensorSpec((tiles,), "i32")), zeroed=(1,), late_trigger=True,
                    preloads=("weight", "bias"), moved=moved, flops=flops),)
 
