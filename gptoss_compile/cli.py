@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ def compile_main(arguments: Sequence[str] | None = None) -> int:
     from gptoss_compile.pipeline import PassError
     from gptoss_compile.verify import VerifyError
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that half-written files are removed
     try:
         _compile(options)
     except (ValueError, OSError, PassError, VerifyError) as error:
@@ -64,25 +66,33 @@ def _compile_parser() -> argparse.ArgumentParser:
 def _compile(options: argparse.Namespace) -> None:
     from gptoss_compile.checkpoint import Checkpoint
     from gptoss_compile.compiler import Request, compile_checkpoint
+    from gptoss_compile.config_parse import parse_config
+    from gptoss_compile.demo import build_demo
     from gptoss_compile.hub import locate
 
     target = Target.parse(options.target)
     request = Request(target, options.weights, options.buckets, options.max_context, options.dtype, options.tp,
                       _pass_options(options.skip, options.limit), options.dump_ir, options.verify)
     if options.model is None:
-        from gptoss_compile.demo import build_demo
-
         print("no MODEL given: compiling the built-in demo model (small, random weights: its answers are noise)")
-        folder = build_demo()
-        name = "demo"
+        folder, name = build_demo(), "demo"
     else:
-        folder = locate(options.model)
-        name = Path(str(options.model)).resolve().name
+        name = Path(options.model).resolve().name
+        folder = Path(options.model) if _shapes_suffice(options) else locate(options.model)
+    if _shapes_suffice(options):
+        checkpoint = Checkpoint.random(parse_config(folder / "config.json", "mxfp4"), 0)
+    else:
+        checkpoint = Checkpoint.open(folder)
     output = options.output or Path(f"{name}-{target.name}")
-    artifact = compile_checkpoint(Checkpoint.open(folder), folder, request, output, progress_bar)
+    artifact = compile_checkpoint(checkpoint, folder, request, output, progress_bar)
     if not artifact.has_tokenizer:
         print(f"no tokenizer in the artifact, it is served by token ids: {artifact.tokenizer_note}")
     print(f"wrote {output}; serve it with: gptoss-serve {output}")
+
+
+def _shapes_suffice(options: argparse.Namespace) -> bool:
+    """With random weights a folder that holds only a config.json is a model."""
+    return bool(options.weights.startswith("random:") and options.model and (Path(options.model) / "config.json").is_file())
 
 
 def parse_buckets(text: str) -> tuple[Bucket, ...]:
@@ -135,7 +145,7 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def serve_main(arguments: Sequence[str] | None = None) -> int:
-    from gptoss_compile.runtime.serve import main
+    from gptoss_compile.runtime.server import main
 
     return main(sys.argv[1:] if arguments is None else list(arguments))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -194,8 +195,10 @@ def source_digest() -> str:
     """The hash of this package's source: a changed compiler must not find what an older one cached."""
     root = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*.py") if "runtime" not in p.relative_to(root).parts):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    for folder, names, files in os.walk(root, followlinks=True):  # in a checkout, passes/ and kernels/ are links
+        names[:] = sorted(set(names) - {"runtime", "__pycache__"})
+        for path in (Path(folder, name) for name in sorted(files) if name.endswith((".py", ".cu", ".cuh", ".json"))):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("gptoss", "DEF")
+_LIBRARY: Any = torch.library.Library("gptoss", "DEF")  # type: ignore[no-untyped-call]
 Function = Callable[..., Any]
 
 

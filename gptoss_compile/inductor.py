@@ -33,7 +33,8 @@ class Decomposed(torch.nn.Module):
         logits, *caches = (values[n] for n in next(n for n in self.graph.nodes if n.op == "output").args[0])
         for old, new in zip((n for n in self.graph.nodes if _kind(n) == "cache"), caches, strict=True):
             values[old].copy_(new)
-        return logits
+        result: Tensor = logits
+        return result
 
 
 def _kind(node: fx.Node) -> str:
@@ -42,7 +43,8 @@ def _kind(node: fx.Node) -> str:
 
 def plan_order(graph: fx.Graph) -> list[fx.Node]:
     """The placeholders in the order of a plan: inputs, caches, then the weights that are used."""
-    return [n for kind in ("input", "cache", "weight") for n in graph.nodes if _kind(n) == kind and (n.users or kind != "weight")]
+    used = [n for n in graph.nodes if n.users or _kind(n) != "weight"]
+    return [n for kind in ("input", "cache", "weight") for n in used if _kind(n) == kind]
 
 
 def compile_graph(graph: fx.Graph, path: str) -> None:

@@ -87,10 +87,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, ids_TA: Tensor) -> Tensor:
         """x [T, A, inputs] (or A = 1, the same input for every expert) -> fp32 [T, A, outputs]."""
-        if hasattr(self, "blocks"):
-            weight = ops.mxfp4_dequantize(self.blocks, self.scales, self.bias.dtype)
-        else:
-            weight = self.weight
+        packed = hasattr(self, "blocks")
+        weight = ops.mxfp4_dequantize(self.blocks, self.scales, self.bias.dtype) if packed else self.weight
         chosen, bias = weight[ids_TA.long()], self.bias[ids_TA.long()]
         product = torch.einsum("tai,taoi->tao", x.expand(-1, ids_TA.shape[1], -1).to(torch.float32),
                                chosen.to(torch.float32))

@@ -25,7 +25,7 @@ def op_name(node: fx.Node) -> str:
 
 def node_operands(node: fx.Node) -> dict[str, Any]:
     """A call's arguments by their names in the operator's schema."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = cast(Any, node.target)._schema.arguments
     given = {a.name: value for a, value in zip(schema, node.args, strict=False)}
     return {a.name: given.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema}
 
@@ -49,7 +49,7 @@ def make_plan(graph: fx.Graph, ctx: Context, *, rank: int = 0, binary_of: Binary
     """
     nodes = [n for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
     step_of = {node: i for i, node in enumerate(nodes)}
-    returned: tuple[fx.Node, ...] = next(n for n in graph.nodes if n.op == "output").args[0]  # type: ignore[assignment]
+    returned: tuple[fx.Node, ...] = next(n for n in graph.nodes if n.op == "output").args[0]
     places: dict[tuple[fx.Node, int], Operand] = {}
     buffers: list[tuple[tuple[fx.Node, int], Lifetime]] = []
 
@@ -117,7 +117,7 @@ def _bytes(value: Tensor) -> int:
 
 def _resolve(node: fx.Node) -> tuple[fx.Node, int]:
     """The call and the index of its output that a node stands for."""
-    return (node.args[0], node.args[1]) if node.target is operator.getitem else (node, 0)  # type: ignore[return-value]
+    return cast(tuple[fx.Node, int], node.args) if node.target is operator.getitem else (node, 0)
 
 
 def _last_use(node: fx.Node, index: int, step_of: Mapping[fx.Node, int], logits: fx.Node, end: int) -> int:

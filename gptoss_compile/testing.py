@@ -55,7 +55,8 @@ def random_weight(shape: Sequence[int], dtype: torch.dtype, generator: torch.Gen
         low, high = (0, 256) if shape[-1] == 16 and len(shape) == 4 else (119, 124)
         return torch.randint(low, high, tuple(shape), generator=generator, dtype=torch.uint8)
     fan_in = shape[-1] if len(shape) > 1 else 4
-    return (torch.randn(tuple(shape), generator=generator) / fan_in**0.5).to(dtype)
+    values: Tensor = torch.randn(tuple(shape), generator=generator) / fan_in**0.5
+    return values.to(dtype)
 
 
 def random_step(ctx: Context, seed: int) -> dict[str, Tensor]:
@@ -65,7 +66,8 @@ def random_step(ctx: Context, seed: int) -> dict[str, Tensor]:
     bucket, g = ctx.bucket, ctx.geometry
     used = bucket.tokens - 1 if bucket.tokens > bucket.sequences else bucket.tokens
     share = [used // bucket.sequences + (i < used % bucket.sequences) for i in range(bucket.sequences)]
-    positions, sequences = [], []
+    positions: list[int] = []
+    sequences: list[int] = []
     for row, count in enumerate(share):
         start = int(torch.randint(0, g.max_context - count, (1,), generator=generator))
         positions += range(start, start + count)

@@ -121,7 +121,8 @@ def _weight(config: ModelConfig, name: str, value: Tensor) -> Weight:
 
 def _plain(graph: fx.Graph) -> fx.Graph:
     """A copy without the tracer's assertions, its values plain meta tensors."""
-    copy, seen = fx.Graph(), {}
+    copy = fx.Graph()
+    seen: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.target in _NOISE:
             continue

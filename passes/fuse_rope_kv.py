@@ -16,7 +16,7 @@ def run(graph: fx.Graph, ctx: Context) -> PassResult:
 
     def pattern(qkv: Tensor, cos_sin: Tensor, cache: Tensor, table: Tensor, sequences: Tensor,
                 positions: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = qkv.split([c.q_size, c.kv_size, c.kv_size], -1)
+        q, k, v = torch.split(qkv, [c.q_size, c.kv_size, c.kv_size], -1)
         q = ops.rope(q.view(-1, c.num_heads, c.head_dim), cos_sin)
         k = ops.rope(k.view(-1, c.num_kv_heads, c.head_dim), cos_sin)
         return q, ops.kv_write(cache, k, v.view(-1, c.num_kv_heads, c.head_dim), table, sequences, positions)

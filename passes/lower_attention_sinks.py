@@ -21,7 +21,7 @@ def run(graph: fx.Graph, ctx: Context) -> PassResult:
     c, tokens, scale = ctx.config, ctx.bucket.tokens, ctx.config.head_dim**-0.5
     qkv, index = ctx.example(tokens, c.q_size + 2 * c.kv_size), ctx.example(tokens, dtype=torch.int32)
     cos_sin = ctx.example(tokens, 2, c.head_dim // 2, dtype=torch.float32)
-    results = []
+    results: list[PassResult] = []
     for windowed in ctx.layer_kinds:
 
         def pattern(qkv: Tensor, cos_sin: Tensor, cache: Tensor, table: Tensor, sequences: Tensor, positions: Tensor,

@@ -9,8 +9,8 @@ from gptoss_compile.match import call
 from gptoss_compile.passes.base import Context, Pass, PassResult, rewrite
 
 
-def attention(q: Tensor, cache: Tensor, table: Tensor, sequences: Tensor, positions: Tensor, sinks: Tensor, window: int,
-              scale: float) -> Tensor:
+def attention(q: Tensor, cache: Tensor, table: Tensor, sequences: Tensor, positions: Tensor, sinks: Tensor, *,
+              window: int, scale: float) -> Tensor:
     """The idiom as the model writes it; see `model.attend` for the maths."""
     keys, values = torch.ops.gptoss.kv_read(cache, table, sequences)
     tokens, capacity, kv_heads, _ = keys.shape
@@ -30,12 +30,12 @@ def attention(q: Tensor, cache: Tensor, table: Tensor, sequences: Tensor, positi
 def run(graph: fx.Graph, ctx: Context) -> PassResult:
     c, scale = ctx.config, ctx.config.head_dim**-0.5
     q, index = ctx.example(ctx.bucket.tokens, c.num_heads, c.head_dim), ctx.example(ctx.bucket.tokens, dtype=torch.int32)
-    results = []
+    results: list[PassResult] = []
     for windowed in ctx.layer_kinds:
         window = ctx.window(windowed)
         examples = (q, *ctx.paged_examples(windowed), index, index, ctx.example(c.num_heads))
         results.append(rewrite(
-            graph, ctx.after(results), lambda *x, w=window: (attention(*x, w, scale),), [examples],
+            graph, ctx.after(results), lambda *x, w=window: (attention(*x, window=w, scale=scale),), [examples],
             lambda *x, w=window: call(graph, torch.ops.gptoss.attention.default, *x, w, scale)))
     return PassResult.sum(results)
 

@@ -41,8 +41,7 @@ class CpuExecutor:
     def load(cls, artifact: Artifact, *, num_pages: int | None, max_num_seqs: int) -> CpuExecutor:
         """Raises ArtifactError if PyTorch is not installed."""
         try:
-            import torch  # noqa: F401
-            import torch._inductor
+            import torch._inductor  # noqa: F401
         except ImportError:
             raise ArtifactError("an artifact for the cpu target runs on PyTorch, which is not installed: "
                                 "pip install 'gptoss-compile[cpu]'") from None

@@ -39,7 +39,8 @@ def published(name: str) -> ModelConfig:
     return parse_config(DATA / f"config-{name}.json", "mxfp4")
 
 
-def compiled(config: ModelConfig, bucket: Bucket, target: str = "cpu", **kwargs: object) -> tuple[fx.Graph, Context, list[Record]]:
+def compiled(config: ModelConfig, bucket: Bucket, target: str = "cpu",
+             **kwargs: object) -> tuple[fx.Graph, Context, list[Record]]:
     target_, dtype = Target.parse(target), torch.float32 if target == "cpu" else torch.bfloat16
     ctx = Context(config, bucket, target_, Geometry.of(config, [bucket], 16, 4096), dtype)
     module = trace_model(config, bucket, ctx.geometry, dtype, model=kwargs.pop("model", model.Model))  # type: ignore[arg-type]
@@ -181,12 +182,14 @@ def test_every_dumped_stage_runs_and_gives_the_graphs_numbers(tmp_path: Path) ->
         assert difference(expected, ir.run_file(stage, seed=5)) < 2e-5, stage.name
 
 
-def test_an_edited_dump_runs_and_a_broken_one_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_edited_dump_runs_and_a_broken_one_says_what_is_wrong(tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     dump(tmp_path)
     last = sorted(tmp_path.glob("*.py"))[-1]
     original = ir.run_file(last)
     text = last.read_text()
-    last.write_text(text.replace("rows, p_norm_weight, p_lm_head_weight, 1e-05)", "rows, p_norm_weight, p_lm_head_weight, 0.7)"))
+    head = "rows, p_norm_weight, p_lm_head_weight, {})"
+    last.write_text(text.replace(head.format("1e-05"), head.format("0.7")))
     assert difference(original, ir.run_file(last)) > 1e-3
     last.write_text(text.replace("PARAMETERS", "PARAMETRES"))
     assert ir.main(["run", str(last)]) == 2
