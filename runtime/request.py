@@ -90,20 +90,19 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Running:
-    """Tokens [0, computed) have their keys and values in `pages`. stepped: the last step it was part of."""
+    """Tokens [0, computed) have their keys and values in `pages`."""
 
     request: Request
     pages: SequencePages
     computed: int
-    stepped: int = -1
 
     @property
     def pending(self) -> int:
         """Tokens not yet computed; a single one if it is generating (or one token short of it)."""
         return len(self.request.tokens) - self.computed
 
-    def advance(self, computed: int, step: int) -> Running:
-        return Running(self.request, self.pages, computed, step)
+    def advance(self, computed: int) -> Running:
+        return Running(self.request, self.pages, computed)
 
     def preempt(self) -> Waiting:
         return Waiting(self.request)

@@ -88,8 +88,7 @@ class Scheduler:
         self._cache = cache
         self._prefix = prefix
         self._waiting: list[Waiting] = []  # in rank order
-        self._running: dict[str, Running] = {}
-        self._steps = 0
+        self._running: dict[str, Running] = {}  # the longest unserved first
         self._read_last = False  # whether the last step had prompts
         self.preemptions = 0
 
@@ -127,7 +126,6 @@ class Scheduler:
         self._admit()
         while self._running:
             if chunks := self._plan():
-                self._steps += 1
                 self._read_last = any(chunk.sequence.pending > 1 for chunk in chunks)
                 return Step(self._cheapest(chunks), tuple(chunks))
             # All that were picked gave up their pages to sequences that were not; those are picked next.
@@ -136,10 +134,12 @@ class Scheduler:
 
     def commit(self, step: Step, sampled: Sequence[int | None]) -> list[Finished]:
         """Take for each chunk of a step the sampled token, if it samples. Returns what finished by it."""
+        served = {chunk.sequence.request.request_id for chunk in step.chunks}
+        self._running = dict(sorted(self._running.items(), key=lambda item: item[0] in served))  # they go last
         finished = []
         for chunk, token in zip(step.chunks, sampled, strict=True):
             request = chunk.sequence.request
-            running = chunk.sequence.advance(chunk.end, self._steps)
+            running = chunk.sequence.advance(chunk.end)
             self._running[request.request_id] = running
             request.scored = max(request.scored, chunk.scored.stop)
             if chunk.start < request.prompt_length:
@@ -214,8 +214,7 @@ class Scheduler:
     def _pick(self) -> tuple[list[Running], bool]:
         """The sequences to serve, in rank order, and whether prompts are among them."""
         prompts = [r for r in self._running.values() if r.pending > 1]
-        decodes = sorted((r for r in self._running.values() if r.pending == 1),
-                         key=lambda r: (r.stepped, r.request.rank))
+        decodes = [r for r in self._running.values() if r.pending == 1]
         mixed = bool(prompts) and (len(decodes) < self._mixed_limit or not self._read_last)
         picked = prompts + decodes[: self._mixed_limit - 1] if mixed else decodes[: self._decode_limit]
         return sorted(picked, key=lambda r: r.request.rank), mixed

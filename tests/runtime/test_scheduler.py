@@ -240,6 +240,37 @@ def test_generating_sequences_are_served_while_prompts_keep_coming() -> None:
     assert kinds == ["decode", "extend"] * 10 or kinds == ["extend", "decode"] * 10
 
 
+def test_generating_sequences_beyond_a_step_take_turns() -> None:
+    bench = Bench(FakeExecutor(), budget=2)
+    requests = [bench.add(prompt(2, i), 50, stop_ids=()) for i in range(5)]
+    while any(r.num_generated == 0 for r in requests):
+        bench.step()
+    before = [r.num_generated for r in requests]
+    for _ in range(25):
+        bench.step()
+    assert [r.num_generated - b for r, b in zip(requests, before, strict=True)] == [10] * 5
+
+
+def test_a_small_token_budget_prefers_the_bucket_with_more_sequences() -> None:
+    buckets = (Bucket.decode(8), Bucket.extend(64, 8), Bucket.extend(256, 2))
+    bench = Bench(FakeExecutor(buckets=buckets), budget=64)
+    for i in range(5):
+        bench.add(prompt(8, i), 5)
+    step = bench.step()
+    assert step is not None and len(step.chunks) == 5
+
+
+def test_a_prompt_waits_while_admitting_it_would_only_take_pages_from_others() -> None:
+    bench = Bench(FakeExecutor(num_pages=1 + 30))
+    first = bench.add(prompt(160), 100, stop_ids=())  # ends with 17 pages
+    bench.step()
+    second = bench.add(prompt(400, 1), 5)  # 25 pages
+    bench.step()
+    assert [r.request for r in bench.scheduler.running] == [first]
+    bench.drain(300)
+    assert bench.scheduler.preemptions == 0 and second.request_id in bench.finished
+
+
 def test_an_early_request_is_not_starved_by_a_stream_of_small_ones() -> None:
     """A large one waits for pages while small ones keep coming; it is never overtaken for good."""
     bench = Bench(FakeExecutor(num_pages=1 + 40, num_window_pages=1 + 60))
