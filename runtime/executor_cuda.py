@@ -89,6 +89,10 @@ class CudaExecutor:
         result: Floats = host.view(np.float32).reshape(logits.shape)
         return result
 
+    @property
+    def device_name(self) -> str:
+        return self._device.name
+
     def close(self) -> None:
         if self.graphs:
             self._device.use()
@@ -105,8 +109,7 @@ class CudaExecutor:
         The arena is poisoned first, and its freed ranges behind each step, as the plan interpreter does.
         """
         device, plan = self._device, self.plans[bucket]
-        device.use()
-        device.fill(self._arena, plan.arena_bytes, POISON)
+        self.poison(bucket)
         self._inputs[bucket].upload(inputs)
         for number, (step, launches) in enumerate(zip(plan.steps, self._launches[bucket], strict=True)):
             for launch in launches:
@@ -118,6 +121,11 @@ class CudaExecutor:
                 device.fill(self._arena + start, end - start, POISON)
         result: Floats = self.read(bucket, plan.logits)
         return result
+
+    def poison(self, bucket: Bucket) -> None:
+        """Fill the bucket's intermediate results with NaN."""
+        self._device.use()
+        self._device.fill(self._arena, self.plans[bucket].arena_bytes, POISON)
 
     def read(self, bucket: Bucket, operand: Operand) -> Array:
         """A copy of what is at an operand's place now; bf16 as uint16. A cache comes with all of its pages."""

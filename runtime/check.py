@@ -1,0 +1,161 @@
+"""A GPU's buffers against those of the plan interpreter, step by step; then graphs against single launches, bit for bit.
+
+The expected arrays are written by `python -m gptoss_compile.expected`, elsewhere: nothing here needs PyTorch. Every step
+is given the interpreter's own results of the steps before it, so an error is seen where it is made and no other one is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gptoss_compile.config import Bucket
+from gptoss_compile.launch_plan import Operand, Step
+from gptoss_compile.random_weights import widen_bf16
+from gptoss_compile.runtime.executor_cuda import CudaExecutor
+
+Array = np.ndarray[Any, Any]
+
+# (largest error of an element relative to itself plus the buffer's root mean square; relative error of the norm). A step
+# rounds its bf16 results (2^-9 of an element) and, on the tensor cores, products' inputs; a wrong result is off by more.
+LIMITS = {"bf16": (0.03, 0.01), "fp32": (0.02, 0.005), "i32": (0.0, 0.0), "u8": (0.0, 0.0)}
+CHAIN_LIMIT = 0.1  # of the logits' norm, when every step works on what the GPU computed before
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One buffer, found and wanted. element and norm: see LIMITS; for integers the share of unequal ones."""
+
+    number: int
+    op: str
+    kernels: tuple[str, ...]
+    buffer: str
+    dtype: str
+    element: float
+    norm: float
+
+    @property
+    def good(self) -> bool:
+        element, norm = LIMITS[self.dtype]
+        return self.element <= element and self.norm <= norm
+
+
+@dataclass
+class Report:
+    """What was seen of one bucket. chain: the norm error of the logits of a whole step; faults: what must not be."""
+
+    bucket: str
+    launches: int
+    programmatic: int
+    comparisons: list[Comparison] = field(default_factory=list)
+    chain: float = float("nan")
+    replays: int = 0
+    replay_seconds: float = float("nan")
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return not self.faults
+
+
+def check_bucket(executor: CudaExecutor, bucket: Bucket, expected: Mapping[str, Array], replays: int) -> Report:
+    """Run one step in every way there is and compare."""
+    steps = executor.plans[bucket].steps
+    report = Report(bucket.name, sum(len(step.launches) for step in steps), executor.graphs[bucket].programmatic)
+    inputs = {name.removeprefix("input."): value for name, value in expected.items() if name.startswith("input.")}
+    _each_step(executor, bucket, inputs, expected, report)
+    _restore_caches(executor, bucket, expected)
+    logits = executor.run_steps(bucket, inputs)
+    caches = _caches(executor, bucket)
+    rows = inputs["positions"] >= 0 if bucket.kind == "decode" else slice(None)  # others are of padding
+    report.chain = _errors(logits[rows], expected[f"step.{len(steps) - 1}.0"][rows], "fp32")[1]
+    if not report.chain <= CHAIN_LIMIT:
+        report.faults.append(f"the whole step's logits are {report.chain:.2e} off")
+    _restore_caches(executor, bucket, expected)
+    _replay(executor, bucket, inputs, logits, replays, report)
+    if any(not np.array_equal(a, b) for a, b in zip(caches, _caches(executor, bucket), strict=True)):
+        report.faults.append("the graph leaves other keys and values than its launches one by one")
+    if executor.workspace().any():
+        report.faults.append("a kernel left its counters other than zero")
+    return report
+
+
+def _each_step(executor: CudaExecutor, bucket: Bucket, inputs: Mapping[str, Array], expected: Mapping[str, Array],
+               report: Report) -> None:
+    used = inputs["positions"] >= 0
+    kernels = [tuple(launch.binary for launch in step.launches) for step in executor.plans[bucket].steps]
+
+    def watch(number: int, step: Step) -> None:
+        for index, operand in enumerate(step.outputs):
+            found, name = executor.read(bucket, operand), f"step.{number}.{index}"
+            if operand.place == "cache":
+                before, change = expected[str(operand.key)], expected[f"{operand.key}.change"]
+                wanted = _with_pages(found, (before.view(change.dtype) ^ change).view(before.dtype))
+                errors = _errors(found[1:], wanted[1:], operand.dtype)  # page 0 takes whatever padding leaves
+            else:
+                wanted = expected[name]
+                rows = used if wanted.shape[0] == len(used) else slice(None)  # rows of padding may hold anything
+                errors = _errors(found[rows], wanted[rows], operand.dtype)
+            executor.write(bucket, operand, wanted)
+            seen = Comparison(number, step.op, kernels[number], _describe(operand, index), operand.dtype, *errors)
+            report.comparisons.append(seen)
+            if not seen.good:
+                report.faults.append(f"step {number} {step.op} ({', '.join(seen.kernels)}): {seen.buffer} is off by "
+                                     f"{seen.element:.2e} (element), {seen.norm:.2e} (norm)")
+
+    _restore_caches(executor, bucket, expected)
+    executor.run_steps(bucket, inputs, watch)
+
+
+def _replay(executor: CudaExecutor, bucket: Bucket, inputs: Mapping[str, Array], logits: Array, replays: int,
+            report: Report) -> None:
+    """The graph, again and again on the same inputs (writing the same keys again): always the same bits."""
+    executor.poison(bucket)
+    seconds = []
+    for _ in range(replays):
+        start = time.perf_counter()
+        found = executor.run(bucket, inputs)
+        seconds.append(time.perf_counter() - start)
+        report.replays += 1
+        if not np.array_equal(found.view(np.uint32), logits.view(np.uint32)):
+            report.faults.append(f"replay {report.replays} gives other logits than the launches one by one")
+            break
+    report.replay_seconds = float(np.median(seconds))
+
+
+def _describe(operand: Operand, index: int) -> str:
+    return f"out{index} {operand.dtype}{list(operand.shape)}" if operand.place == "arena" else str(operand.key)
+
+
+def _errors(found: Array, wanted: Array, dtype: str) -> tuple[float, float]:
+    """(element, norm) as in LIMITS; infinite where something found is not finite."""
+    if dtype in ("i32", "u8"):
+        share = float((found != wanted).mean())
+        return share, share
+    a, b = (widen_bf16(x).astype(np.float64) if dtype == "bf16" else x.astype(np.float64) for x in (found, wanted))
+    if not np.isfinite(a).all():
+        return float("inf"), float("inf")
+    norm = max(float(np.sqrt((b * b).sum())), 1e-30)
+    rms = norm / max(b.size, 1) ** 0.5
+    gap = np.abs(a - b)
+    return float((gap / (np.abs(b) + rms)).max(initial=0.0)), float(np.sqrt((gap * gap).sum()) / norm)
+
+
+def _caches(executor: CudaExecutor, bucket: Bucket) -> list[Array]:
+    return [executor.read(bucket, cache) for cache in executor.plans[bucket].caches]
+
+
+def _restore_caches(executor: CudaExecutor, bucket: Bucket, expected: Mapping[str, Array]) -> None:
+    for cache in executor.plans[bucket].caches:
+        start = _with_pages(executor.read(bucket, cache), expected[str(cache.key)])
+        executor.write(bucket, cache, start)
+
+
+def _with_pages(pool: Array, pages: Array) -> Array:
+    """The pool with its first pages replaced."""
+    assert len(pages) <= len(pool), f"the expected values fill {len(pages)} pages, the executor has {len(pool)}"
+    return np.concatenate((pages, pool[len(pages):]))

@@ -1,0 +1,210 @@
+"""cuda.bindings.driver without a GPU: device memory is host memory, and kernels are their operators' references.
+
+Types and enums are the real package's. Launches are taken as the executor makes them: a kernel finds its tensors through the
+pointers in its parameters, so a wrong place, a wrong order or a wrong shape gives other numbers than the interpreter's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from cuda.bindings import driver as real
+
+from gptoss_compile.dialect import OPS
+from gptoss_compile.kernels import registry  # noqa: F401
+from gptoss_compile.launch_plan import KernelLaunch, LaunchPlan, Operand, Step
+from gptoss_compile.trace import DTYPES
+
+OK = real.CUresult.CUDA_SUCCESS
+PDL = real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+@dataclass
+class Captured:
+    """A recorded launch."""
+
+    config: Any
+    function: Any
+    parameters: int
+
+    @property
+    def pdl(self) -> bool:
+        return any(attribute.id == PDL for attribute in self.config.attrs[: self.config.numAttrs])
+
+
+@dataclass
+class FakeDriver:
+    """What a test may set: the machine, `failing` (function name -> status), `drop_pdl`; `calls` counts what was called.
+
+    Whoever runs a step says first which plan's launches will come (`expect`).
+    """
+
+    version: int = 13000
+    capability: tuple[int, int] = (9, 0)
+    memory: int = 1 << 30
+    devices: int = 1
+    init: Any = OK
+    failing: dict[str, Any] = field(default_factory=dict)
+    drop_pdl: bool = False
+    codes: dict[bytes, str] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.blocks: dict[int, np.ndarray[Any, Any]] = {}
+        self.sizes: dict[int, int] = {}
+        self.capturing: list[Captured] | None = None
+        self.todo: Iterator[tuple[Step, KernelLaunch]] = iter(())
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def expect(self, plan: LaunchPlan, cache_shapes: dict[str, tuple[int, ...]], times: int = 1) -> None:
+        self.todo = iter([(step, launch) for step in plan.steps for launch in step.launches] * times)
+        self.shapes = cache_shapes
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            return getattr(real, name)
+
+        def call(*args: Any) -> tuple[Any, ...]:
+            self.calls.append(name)
+            if name in self.failing:
+                return (self.failing[name],)
+            result = getattr(self, f"_{name}", lambda *_: None)(*args)
+            if isinstance(result, tuple) and result and isinstance(result[0], real.CUresult):
+                return result
+            return (OK,) if result is None else (OK, *result) if isinstance(result, tuple) else (OK, result)
+
+        return call
+
+    # The machine --------------------------------------------------------------------------------------------
+
+    def _cuInit(self, flags: int) -> tuple[Any, ...]:
+        return (self.init,)
+
+    def _cuDriverGetVersion(self) -> int:
+        return self.version
+
+    def _cuDeviceGetCount(self) -> int:
+        return self.devices
+
+    def _cuDeviceGet(self, ordinal: int) -> int:
+        return ordinal
+
+    def _cuDeviceGetName(self, size: int, device: int) -> bytes:
+        return b"Fake GPU\0\0"
+
+    def _cuDeviceGetAttribute(self, attribute: Any, device: int) -> int:
+        return self.capability["MINOR" in attribute.name]
+
+    def _cuGetErrorString(self, status: Any) -> bytes:
+        return b"in words"
+
+    def _cuDevicePrimaryCtxRetain(self, device: int) -> str:
+        return "context"
+
+    def _cuStreamCreate(self, flags: Any) -> int:
+        return 0
+
+    def _cuEventCreate(self, flags: int) -> str:
+        return "event"
+
+    # Memory -------------------------------------------------------------------------------------------------
+
+    @property
+    def used(self) -> int:
+        return sum(self.sizes.values())
+
+    def _cuMemGetInfo(self) -> tuple[int, int]:
+        return self.memory - self.used, self.memory
+
+    def _cuMemAlloc(self, size: int) -> Any:
+        if self.used + size > self.memory:
+            return (real.CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0)
+        address = self._cuMemHostAlloc(size, 0)
+        self.sizes[address] = size
+        return address
+
+    def _cuMemHostAlloc(self, size: int, flags: int) -> int:
+        block = np.full(size + 256, 0xA5, np.uint8)  # nobody may take it for zeros
+        address = -(-block.ctypes.data // 256) * 256
+        self.blocks[address] = block
+        return address
+
+    def _cuMemFree(self, address: int) -> None:
+        del self.blocks[address], self.sizes[address]
+
+    def _cuMemFreeHost(self, address: int) -> None:
+        del self.blocks[address]
+
+    def _cuMemsetD8Async(self, address: int, byte: int, size: int, stream: Any) -> None:
+        ctypes.memset(address, byte, size)
+
+    def _cuMemcpyHtoDAsync(self, target: int, source: int, size: int, stream: Any) -> None:
+        ctypes.memmove(target, source, size)
+
+    def _cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: Any) -> None:
+        ctypes.memmove(target, source, size)
+
+    # Kernels and graphs -------------------------------------------------------------------------------------
+
+    def _cuModuleLoadData(self, code: bytes) -> str:
+        return self.codes[code]
+
+    def _cuModuleGetFunction(self, module: str, symbol: bytes) -> str:
+        assert module.startswith(symbol.decode())
+        return module
+
+    def _cuLaunchKernelEx(self, config: Any, function: str, parameters: int, extra: int) -> None:
+        launch = Captured(config, function, parameters)
+        if self.capturing is None:
+            self._execute(launch)
+        else:
+            self.capturing.append(launch)
+
+    def _cuStreamBeginCapture(self, stream: Any, mode: Any) -> None:
+        self.capturing = []
+
+    def _cuStreamEndCapture(self, stream: Any) -> list[Captured] | None:
+        captured, self.capturing = self.capturing, None
+        return captured
+
+    def _cuGraphGetEdges(self, graph: list[Captured], count: int) -> tuple[Any, ...]:
+        kinds = [int(launch.pdl and not self.drop_pdl) for launch in graph[1:]]
+        edges = [SimpleNamespace(type=kind, from_port=kind) for kind in kinds[:count]]
+        return edges, edges, edges, len(kinds)
+
+    def _cuGraphInstantiate(self, graph: list[Captured], flags: int) -> list[Captured]:
+        return graph
+
+    def _cuGraphLaunch(self, graph: list[Captured], stream: Any) -> None:
+        for launch in graph:
+            self._execute(launch)
+
+    def _execute(self, captured: Captured) -> None:
+        step, launch = next(self.todo)
+        assert captured.function == launch.binary
+        c = captured.config
+        assert (c.gridDimX, c.gridDimY, c.gridDimZ) == launch.grid and captured.pdl == launch.pdl
+        count = len(launch.args) + 2
+        table = (ctypes.POINTER(ctypes.c_uint64) * count).from_address(captured.parameters)
+        values = [pointer.contents.value for pointer in table]
+        assert values[-2:] == [0, 0], "the two scratch pointers"
+        at = dict(zip(launch.args, values, strict=False))
+        operands = {name: self._tensor(value, at[name]) if isinstance(value, Operand) else value
+                    for name, value in step.operands.items()}
+        results = OPS[step.op].reference(**operands)
+        results = results if isinstance(results, tuple) else (results,)
+        for i, (operand, result) in enumerate(zip(step.outputs, results, strict=True)):
+            name = OPS[step.op].updates.get(i, f"out{i}")
+            self._tensor(operand, at[name]).copy_(result)
+
+    def _tensor(self, operand: Operand, address: int) -> torch.Tensor:
+        shape = self.shapes.get(str(operand.key), operand.shape)
+        size = int(np.prod(shape)) * operand.item_bytes
+        raw = (ctypes.c_uint8 * size).from_address(address)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(DTYPES[operand.dtype]).view(shape)

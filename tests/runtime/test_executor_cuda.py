@@ -1,0 +1,239 @@
+"""The CUDA executor on a driver made of host memory: places, graphs and messages. What a GPU computes is in tests/gpu."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda.bindings import driver as real
+from fake_cuda import FakeDriver
+
+from gptoss_compile.artifact import Artifact
+from gptoss_compile.checkpoint import Checkpoint
+from gptoss_compile.compiler import Request, compile_checkpoint
+from gptoss_compile.config import Bucket, ModelConfig
+from gptoss_compile.expected import expected_step, tensors_of
+from gptoss_compile.launch_plan import Operand
+from gptoss_compile.runtime import cuda_driver
+from gptoss_compile.runtime.check import check_bucket
+from gptoss_compile.runtime.cuda_driver import CudaError
+from gptoss_compile.runtime.executor import load_executor
+from gptoss_compile.runtime.executor_cuda import RESERVE, CudaExecutor
+from gptoss_compile.runtime.staging import upload_weights
+from gptoss_compile.target import Target
+
+DECODE, EXTEND = Bucket.decode(3), Bucket.extend(24, 3, 8)
+CONFIG = ModelConfig(
+    num_layers=2, hidden=64, intermediate=32, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=4,
+    experts_per_token=2, vocab_size=96, sliding_window=16, windowed=(True, False), max_position=64,
+    rope_original_context=32, eos_ids=(0,))
+STATUS = real.CUresult
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """An artifact for sm90 with stored weights."""
+    folder = tmp_path_factory.mktemp("cuda")
+    request = Request(Target.parse("sm90"), "pack", (DECODE, EXTEND))
+    return compile_checkpoint(Checkpoint.random(CONFIG, 3), None, request, folder / "artifact")
+
+
+@pytest.fixture
+def driver(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    fake = FakeDriver(memory=RESERVE + (64 << 20))
+    for path in (artifact.path / "kernels").glob("*.cubin"):
+        fake.codes[path.read_bytes()] = path.stem
+    monkeypatch.setattr(cuda_driver, "bindings", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def executor(artifact: Artifact, driver: FakeDriver) -> Iterator[CudaExecutor]:
+    loaded = CudaExecutor.load(artifact, num_pages=40, max_num_seqs=8)
+    yield loaded
+    loaded.close()
+
+
+def expect(driver: FakeDriver, executor: CudaExecutor, bucket: Bucket, times: int = 1) -> None:
+    plan = executor.plans[bucket]
+    shapes = {str(cache.key): executor.read(bucket, cache).shape for cache in plan.caches}
+    driver.expect(plan, shapes, times)
+
+
+@pytest.mark.parametrize("bucket", [DECODE, EXTEND], ids=str)
+def test_computes_what_the_interpreter_computes(executor: CudaExecutor, driver: FakeDriver, artifact: Artifact,
+                                                bucket: Bucket) -> None:
+    seed = int.from_bytes(os.urandom(3))
+    print(f"seed {seed}")
+    expected = expected_step(artifact, bucket, tensors_of(artifact), seed)
+    expect(driver, executor, bucket, 5)
+    report = check_bucket(executor, bucket, expected, replays=3)
+    assert report.good, report.faults
+    assert max(c.element for c in report.comparisons) == 0 and report.chain == 0 and report.replays == 3
+    assert report.programmatic == report.launches - 1 > 10
+    assert len(report.comparisons) == sum(len(step.outputs) for step in executor.plans[bucket].steps)
+
+
+def test_a_wrong_buffer_is_found_where_it_is_made(executor: CudaExecutor, driver: FakeDriver, artifact: Artifact) -> None:
+    expected = expected_step(artifact, DECODE, tensors_of(artifact), 1)
+    wrong = next(i for i, step in enumerate(executor.plans[DECODE].steps) if step.op == "linear_residual")
+    expected[f"step.{wrong}.0"] = expected[f"step.{wrong}.0"].copy()
+    expected[f"step.{wrong}.0"][0, 5] += 40  # of a bf16's last bits
+    expect(driver, executor, DECODE, 3)
+    report = check_bucket(executor, DECODE, expected, replays=1)
+    kernel = executor.plans[DECODE].steps[wrong].launches[0].binary
+    assert report.faults[0].startswith(f"step {wrong} linear_residual ({kernel}): out0 bf16[3, 64] is off by"), report.faults
+
+
+def test_a_step_is_three_driver_calls_and_a_wait(executor: CudaExecutor, driver: FakeDriver, artifact: Artifact) -> None:
+    expected = expected_step(artifact, DECODE, tensors_of(artifact), 2)
+    inputs = {name.removeprefix("input."): a for name, a in expected.items() if name.startswith("input.")}
+    expect(driver, executor, DECODE)
+    driver.calls.clear()
+    logits = executor.run(DECODE, inputs)
+    assert driver.calls == ["cuCtxSetCurrent", "cuMemcpyHtoDAsync", "cuGraphLaunch", "cuMemcpyDtoHAsync",
+                            "cuStreamSynchronize"]
+    assert logits.shape == (3, CONFIG.vocab_size) and logits.dtype == np.float32
+
+
+def test_weights_arrive_whatever_the_size_of_a_chunk(artifact: Artifact, driver: FakeDriver,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptoss_compile.runtime.staging.CHUNK", 1000)
+    seen: list[tuple[int, int]] = []
+    executor = load_executor_with(artifact, seen)
+    weights = {w.name: w for w in executor.plans[DECODE].weights}
+    for name, array in artifact.open_weights():
+        found = executor.read(DECODE, Operand("weight", name, weights[name].dtype, weights[name].shape))
+        assert np.array_equal(found, array), name
+    assert seen[-1][0] == seen[-1][1] and [a for a, _ in seen] == sorted(a for a, _ in seen)
+    executor.close()
+
+
+def load_executor_with(artifact: Artifact, seen: list[tuple[int, int]]) -> CudaExecutor:
+    return CudaExecutor.load(artifact, num_pages=40, max_num_seqs=8, progress=lambda *pair: seen.append(pair))
+
+
+def test_random_weights_are_generated(tmp_path: Path, driver: FakeDriver) -> None:
+    request = Request(Target.parse("sm90"), "random:5", (DECODE, EXTEND))
+    artifact = compile_checkpoint(Checkpoint.random(CONFIG, 5), None, request, tmp_path / "artifact")
+    for path in (artifact.path / "kernels").glob("*.cubin"):
+        driver.codes[path.read_bytes()] = path.stem
+    executor = CudaExecutor.load(artifact, num_pages=40, max_num_seqs=8)
+    expected = expected_step(artifact, DECODE, tensors_of(artifact), 0)
+    expect(driver, executor, DECODE, 3)
+    assert check_bucket(executor, DECODE, expected, replays=1).good
+    executor.close()
+
+
+def test_pages_fill_what_is_left_and_close_gives_all_back(artifact: Artifact, driver: FakeDriver) -> None:
+    executor = CudaExecutor.load(artifact, num_pages=None, max_num_seqs=5_000)
+    assert executor.num_pages < 5_000 * 4, "the memory limits them, not the demand"
+    left = driver.memory - driver.used - RESERVE
+    assert 0 < left < 32 << 20, "of the 64 MiB beside the reserve, at least half is in use"
+    executor.close()
+    executor.close()
+    assert not driver.blocks
+
+
+def refusal(artifact: Artifact, **options: Any) -> str:
+    options = {"num_pages": 40, "max_num_seqs": 8, **options}
+    with pytest.raises(CudaError) as error:
+        load_executor(artifact, **options)
+    print(error.value)
+    return str(error.value)
+
+
+def test_refuses_an_old_driver(artifact: Artifact, driver: FakeDriver) -> None:
+    driver.version = 12040
+    text = refusal(artifact)
+    assert "too old" in text and "CUDA 12.4" in text and "12.8" in text and "update" in text
+
+
+@pytest.mark.parametrize("how", [{"devices": 0}, {"init": STATUS.CUDA_ERROR_NO_DEVICE}])
+def test_refuses_a_machine_without_a_gpu(artifact: Artifact, driver: FakeDriver, how: dict[str, Any]) -> None:
+    vars(driver).update(how)
+    assert "sees none; check nvidia-smi" in refusal(artifact)
+
+
+def test_refuses_another_architecture(artifact: Artifact, driver: FakeDriver) -> None:
+    driver.capability = (10, 3)
+    text = refusal(artifact)
+    assert "compiled for sm90" in text and "Fake GPU" in text and "--target sm103" in text
+
+
+def test_out_of_memory_says_what_for(artifact: Artifact, driver: FakeDriver) -> None:
+    text = refusal(artifact, num_pages=10**7)
+    assert "out of GPU memory: the KV cache (10000001 pages" in text and "GiB" in text and "held so far: " in text
+    assert not driver.blocks, "a failed load keeps nothing"
+    driver.memory = 50_000
+    assert "out of GPU memory: weights need" in refusal(artifact)
+
+
+def test_a_refused_launch_is_named(artifact: Artifact, driver: FakeDriver) -> None:
+    driver.failing["cuLaunchKernelEx"] = STATUS.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
+    text = refusal(artifact)
+    assert "launching decode-3 step 0 (" in text and "kernel " in text and "LAUNCH_OUT_OF_RESOURCES (in words)" in text
+    assert driver.capturing is None and not driver.blocks
+
+
+def test_a_failure_while_running_is_named(executor: CudaExecutor, driver: FakeDriver, artifact: Artifact) -> None:
+    expected = expected_step(artifact, DECODE, tensors_of(artifact), 2)
+    inputs = {name.removeprefix("input."): a for name, a in expected.items() if name.startswith("input.")}
+    expect(driver, executor, DECODE, 2)
+    driver.failing["cuStreamSynchronize"] = STATUS.CUDA_ERROR_ILLEGAL_ADDRESS
+    with pytest.raises(CudaError, match=r"running decode-3 failed: CUDA_ERROR_ILLEGAL_ADDRESS"):
+        executor.run(DECODE, inputs)
+    with pytest.raises(CudaError, match=r"running decode-3 step 0 \(\w+, kernel \w+-\w+\) failed: CUDA_ERROR_ILLEGAL"):
+        executor.run_steps(DECODE, inputs)
+    driver.failing.clear()
+
+
+def test_a_dropped_attribute_is_not_silent(artifact: Artifact, driver: FakeDriver) -> None:
+    driver.drop_pdl = True
+    assert "0 programmatic edges instead of" in refusal(artifact)
+
+
+def test_without_a_driver_one_error_and_no_compiler(artifact: Artifact) -> None:
+    """In a fresh process: the real package, no libcuda, neither torch nor triton."""
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has an NVIDIA driver")
+    code = (
+        "import sys, gptoss_compile.runtime\n"
+        "from gptoss_compile.artifact import Artifact\n"
+        "from gptoss_compile.runtime.executor import load_executor\n"
+        "try:\n"
+        f"    load_executor(Artifact.open({str(artifact.path)!r}), num_pages=None, max_num_seqs=1)\n"
+        "except ValueError as error:\n"
+        "    print(type(error).__name__, error)\n"
+        "print(sorted({'torch', 'triton', 'transformers'} & set(sys.modules)))\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    error, modules = done.stdout.splitlines()
+    assert error.startswith("CudaError this artifact was compiled for sm90, an NVIDIA GPU, but no NVIDIA driver is "
+                            "installed here"), error
+    assert modules == "[]"
+
+
+def test_the_executor_imports_neither_torch_nor_triton_nor_cuda() -> None:
+    code = ("import sys, gptoss_compile.runtime.check\n"
+            "print(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'triton', 'cuda')))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_bf16_is_widened_where_the_plan_computes_in_fp32(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptoss_compile.runtime.staging.CHUNK", 128)
+    device = cuda_driver.Device.open("sm90")
+    bits = np.arange(3 * 40, dtype=np.uint16).reshape(3, 40) * 257
+    place = device.allocate(4 * bits.size, "a weight")
+    upload_weights(device, [("w", bits)], {"w": place}, {"w": "fp32"}, 4 * bits.size)
+    found = np.ctypeslib.as_array((ctypes.c_uint32 * bits.size).from_address(place))
+    assert np.array_equal(found, bits.reshape(-1).astype(np.uint32) << 16)
+    device.close()
