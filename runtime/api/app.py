@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ExceptionHandler
 
-from gptoss_compile.runtime.api import operations
+from gptoss_compile.runtime.api import operations, responses
 from gptoss_compile.runtime.api.chat import chat_completions
 from gptoss_compile.runtime.api.completions import completions
 from gptoss_compile.runtime.api.errors import ApiError, bad_request
@@ -33,6 +33,12 @@ def build_app(engine: Engine, tokenizer: Tokenizer | None, options: ServerOption
         routes=[
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/responses", responses.create, methods=["POST"]),
+            Route("/v1/responses/input_tokens", responses.input_tokens, methods=["POST"]),
+            Route("/v1/responses/{response_id}", responses.retrieve, methods=["GET"]),
+            Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
+            Route("/v1/responses/{response_id}/cancel", responses.cancel, methods=["POST"]),
+            Route("/v1/responses/{response_id}/input_items", responses.input_items, methods=["GET"]),
             Route("/v1/models", operations.models, methods=["GET"]),
             Route("/v1/models/{model:path}", operations.model, methods=["GET"]),
             Route("/health", operations.health, methods=["GET"]),

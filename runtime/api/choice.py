@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gptoss_compile.runtime.api.completions import LOWEST_LOGPROB
 from gptoss_compile.runtime.api.harmony import Event, HarmonyParser, Message
+from gptoss_compile.runtime.api.logprobs import LogprobNames
 from gptoss_compile.runtime.api.schemas import ChatBody
 from gptoss_compile.runtime.api.stops import StopStrings
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
@@ -24,7 +24,8 @@ class Choice:
     """
 
     def __init__(self, tokenizer: Tokenizer, body: ChatBody, index: int, tools: Sequence[str]) -> None:
-        self._tokenizer, self._body, self._index, self._tools = tokenizer, body, index, tools
+        self._body, self._index, self._tools = body, index, tools
+        self._names = LogprobNames(tokenizer)
         self._parser = HarmonyParser(tokenizer, ignore_eos=bool(body.ignore_eos))
         self._stops = StopStrings(body.stops, include=bool(body.include_stop_str_in_output))
         self._content: list[str] = []
@@ -102,7 +103,7 @@ class Choice:
         if event.kind != "text":
             return []
         if message.channel == "final" or (message.channel == "commentary" and message.recipient is None):
-            entry = self._entry(scores) if scores and event.from_token else None
+            entry = self._names.entry(scores) if scores and event.from_token else None
             text = self._stops.push(self._separated("content", message) + event.text)
             return [self._say("content", text, entry)] if text or entry else []
         self.reasoning_tokens += event.from_token
@@ -140,16 +141,3 @@ class Choice:
             self._logprobs.append(entry)
             chunk["logprobs"] = {"content": [entry], "refusal": None}
         return chunk
-
-    def _entry(self, scores: TokenLogprobs) -> dict[str, Any]:
-        """A token's log-probability with its alternatives, as OpenAI's chat writes it."""
-
-        def one(token: int, logprob: float) -> dict[str, Any]:
-            data = self._tokenizer.token_bytes(token)
-            return {
-                "token": self._tokenizer.token_text(token),
-                "logprob": max(logprob, LOWEST_LOGPROB),
-                "bytes": list(data),
-            }
-
-        return one(scores.token_id, scores.logprob) | {"top_logprobs": [one(*top) for top in scores.top]}

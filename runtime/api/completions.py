@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from gptoss_compile.runtime.api.errors import ApiError, bad_request, context_exceeded
 from gptoss_compile.runtime.api.generation import Answers, Context, Submission, Usage
 from gptoss_compile.runtime.api.http import EventStream, event, read_json, until_disconnect
+from gptoss_compile.runtime.api.logprobs import LOWEST_LOGPROB
 from gptoss_compile.runtime.api.schemas import CompletionBody
 from gptoss_compile.runtime.api.stops import StopStrings
 from gptoss_compile.runtime.api.tokenizer import Detokenizer, Tokenizer, TooLongError
@@ -22,7 +23,6 @@ from gptoss_compile.runtime.sampler import TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 16
 MAX_CHOICES = 1024
-LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON has not
 
 
 async def completions(request: Request) -> Response:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from gptoss_compile.runtime.api.errors import ApiError, bad_request, context_exceeded, unavailable
 from gptoss_compile.runtime.api.metrics import Metrics, Timer
 from gptoss_compile.runtime.api.options import ServerOptions
+from gptoss_compile.runtime.api.responses_store import ResponseStore
+from gptoss_compile.runtime.api.seal import Seal
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput
@@ -29,6 +31,8 @@ class Context:
     tokenizer: Tokenizer | None
     options: ServerOptions
     metrics: Metrics
+    responses: ResponseStore = field(default_factory=ResponseStore)
+    seal: Seal = field(default_factory=Seal)
 
     def text_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -26,13 +26,18 @@ HEADER_LIMIT = 64  # tokens; what is longer is no header but text that the model
 
 @dataclass(eq=False)
 class Message:
-    """recipient: whom a commentary or analysis message is for (`functions.get_weather`), None for people."""
+    """recipient: whom a commentary or analysis message is for (`functions.get_weather`), None for people.
+
+    tokens: the message as the model wrote it, from <|start|> to its end, fit for a later prompt (there <|return|> becomes
+    <|end|>); None if it was malformed or cut off.
+    """
 
     channel: str
     recipient: str | None = None
     content_type: str | None = None
     text: str = ""
     closed: bool = False
+    tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,22 @@ class HarmonyParser:
         self._utf8 = Detokenizer(tokenizer)
         self._state: Literal["header", "content", "between"] = "header"
         self._header: list[int] = []
+        self._raw = [START, *tokenizer.encode("assistant")]  # the message so far; its beginning is the prompt's end
+        self._clean = True  # no repair was needed in it
         self.messages: list[Message] = []
         self.repairs = 0
 
     def push(self, token: int) -> list[Event]:
         """Take one token of the turn and return what it brought."""
         if self._ignore_eos and token in STOP_IDS:
+            self._clean = False
             return []
+        before = self.repairs
+        self._raw.append(token)
         step = {"header": self._in_header, "content": self._in_content, "between": self._between}[self._state]
-        return step(token)
+        events = step(token)
+        self._clean &= self.repairs == before
+        return events
 
     def finish(self) -> list[Event]:
         """The turn is over, wherever it stands."""
@@ -101,6 +113,8 @@ class HarmonyParser:
         if token < FIRST_SPECIAL:
             return self._write(self._utf8.push(token), from_token=True)
         if token in (END, *STOP_IDS):
+            if self._clean:
+                self.messages[-1].tokens = (*self._raw[:-1], END if token == RETURN else token)
             return self._close()
         self.repairs += 1
         if token not in (START, CHANNEL):
@@ -124,6 +138,7 @@ class HarmonyParser:
 
     def _enter(self, state: Literal["header", "between"], header: list[int] | None = None) -> None:
         self._state, self._header = state, header or []
+        self._raw, self._clean = [*(header or [START])], header is None
 
     def _header_text(self) -> str:
         marks = {CHANNEL: b"<|channel|>", CONSTRAIN: b"<|constrain|>"}

@@ -51,11 +51,11 @@ def validated(data: dict[str, Any], model: type[M]) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        param = _path(first["loc"])
-        raise bad_request(
-            f"{param + ': ' if param else ''}{first['msg'].removeprefix('Value error, ')}.", param or None
-        ) from None
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        worst = max(errors, key=lambda each: len(each["loc"]))  # of a union's alternatives the one that got furthest
+        param = _path(worst["loc"])
+        where = f"{param}: " if param else ""
+        raise bad_request(f"{where}{worst['msg'].removeprefix('Value error, ')}.", param or None) from None
     except RecursionError:
         raise bad_request("The body is nested too deeply.") from None
 

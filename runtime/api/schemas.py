@@ -149,7 +149,7 @@ class TextPart(Body):
 
     @model_validator(mode="after")
     def _text_only(self) -> TextPart:
-        if self.type not in ("text", "input_text", "output_text", "refusal"):
+        if self.type not in ("text", "input_text", "output_text", "reasoning_text", "summary_text", "refusal"):
             raise ValueError(f"content parts of type {self.type[:40]!r} are not supported: this model reads text only")
         if self.content is None:
             raise ValueError("the text of a content part is missing")

@@ -1,0 +1,339 @@
+"""/v1/responses: create, retrieve, cancel, delete, input_items, input_tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gptoss_compile.runtime.api.errors import ApiError, bad_request, context_exceeded, unavailable
+from gptoss_compile.runtime.api.generation import Answers, Context, Submission
+from gptoss_compile.runtime.api.harmony import STOP_IDS, HarmonyParser
+from gptoss_compile.runtime.api.http import EventStream, event, read_json, until_disconnect
+from gptoss_compile.runtime.api.logprobs import LogprobNames
+from gptoss_compile.runtime.api.render import EFFORTS, FunctionTool, Prompt, Turn, render
+from gptoss_compile.runtime.api.responses_output import Output, OutputOptions
+from gptoss_compile.runtime.api.responses_prompt import Input, InputReader, forced_names, function_tools
+from gptoss_compile.runtime.api.responses_schema import PromptBody, ResponseBody, ToolChoice
+from gptoss_compile.runtime.api.responses_store import Record
+from gptoss_compile.runtime.api.tokenizer import TooLongError
+from gptoss_compile.runtime.api.tools import ForcedCall
+from gptoss_compile.runtime.outputs import RequestOutput
+
+
+async def create(request: Request) -> Response:
+    context: Context = request.app.state.context
+    run = ResponseRun(context, await read_json(request, ResponseBody, context.options))
+    record = await run.start()
+    if run.body.background and not run.body.stream:
+        return JSONResponse(record.response)
+    if run.body.stream:
+        return EventStream(_events(record, cancel=not run.body.background))
+    assert record.task is not None
+    try:
+        await until_disconnect(request, record.task)
+    finally:
+        record.task.cancel()
+    if record.response["status"] == "failed":
+        raise unavailable(record.response["error"]["message"])
+    return JSONResponse(record.response)
+
+
+async def retrieve(request: Request) -> Response:
+    record = _record(request)
+    if request.query_params.get("stream", "false").lower() not in ("true", "1"):
+        return JSONResponse(record.response)
+    after = request.query_params.get("starting_after", "-1")
+    if not (after.removeprefix("-").isascii() and after.removeprefix("-").isdigit() and len(after) < 12):
+        raise bad_request("starting_after must be an integer.", "starting_after")
+    return EventStream(_events(record, start=max(int(after) + 1, 0)))
+
+
+async def cancel(request: Request) -> Response:
+    record = _record(request)
+    if record.response["status"] == "cancelled":
+        return JSONResponse(record.response)
+    if not record.response["background"]:
+        raise bad_request("Only responses with background: true can be cancelled.", "response_id")
+    if record.finished or record.task is None:
+        raise bad_request(f"The response is {record.response['status']} and cannot be cancelled.", "response_id")
+    record.task.cancel()
+    await asyncio.wait([record.task])
+    return JSONResponse(record.response)
+
+
+async def delete(request: Request) -> Response:
+    context: Context = request.app.state.context
+    record = _record(request)
+    context.responses.remove(record.id)
+    if record.task is not None:
+        record.task.cancel()
+    return JSONResponse({"id": record.id, "object": "response", "deleted": True})
+
+
+async def input_items(request: Request) -> Response:
+    """A page of the items a response was asked with. Newest first unless order=asc."""
+    items = list(_record(request).input_items)
+    query = request.query_params
+    if query.get("order", "desc") not in ("asc", "desc"):
+        raise bad_request("order must be asc or desc.", "order")
+    limit = query.get("limit", "20")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= 100):
+        raise bad_request("limit must be an integer from 1 to 100.", "limit")
+    if query.get("order", "desc") == "desc":
+        items.reverse()
+    if after := query.get("after"):
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise bad_request(f"after names no item of this response: {after[:100]!r}.", "after")
+        items = items[ids.index(after) + 1 :]
+    page = items[: int(limit)]
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else "",
+            "last_id": page[-1]["id"] if page else "",
+            "has_more": len(items) > len(page),
+        }
+    )
+
+
+async def input_tokens(request: Request) -> Response:
+    context: Context = request.app.state.context
+    body = await read_json(request, PromptBody, context.options)
+    context.served(body.model)
+    prompt, _ = _prompt(context, body)
+    ids = await _render(context, prompt, 1 << 24)
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": len(ids)})
+
+
+def _record(request: Request) -> Record:
+    context: Context = request.app.state.context
+    response_id = request.path_params["response_id"]
+    record = context.responses.get(response_id)
+    if record is None:
+        raise ApiError(404, f"Response with id '{response_id[:100]}' not found.", param="response_id", code="not_found")
+    return record
+
+
+async def _events(record: Record, *, start: int = 0, cancel: bool = False) -> AsyncIterator[bytes]:
+    """The record's events as server-sent ones. cancel: the response ends with the stream, if that is closed early."""
+    try:
+        async for each in record.follow(start):
+            yield event(each, each["type"])
+    finally:
+        if cancel and record.task is not None:
+            record.task.cancel()
+
+
+def _prompt(context: Context, body: PromptBody) -> tuple[Prompt, Input]:
+    """The prompt, and what the input adds to the conversation. Raises ApiError."""
+    turns: list[Turn] = []
+    callers: dict[str, str] = {}
+    if body.previous_response_id is not None:
+        parent = context.responses.get(body.previous_response_id)
+        if parent is None:
+            raise ApiError(
+                404,
+                f"Previous response with id '{body.previous_response_id[:100]}' not found.",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+        if not parent.finished:
+            raise bad_request("The previous response has not finished.", "previous_response_id")
+        turns, callers = list(parent.turns), parent.callers
+    given = InputReader(context.responses, context.seal, callers).read(body.input or [])
+    given.turns[:0] = turns
+    instructions = [Turn("developer", body.instructions)] if body.instructions else []
+    effort = EFFORTS[(body.reasoning.effort if body.reasoning else None) or "medium"]
+    prompt = Prompt([*instructions, *given.turns], function_tools(body), effort, context.options.system_date)
+    return prompt, given
+
+
+async def _render(context: Context, prompt: Prompt, limit: int) -> list[int]:
+    try:
+        return await render(context.text_tokenizer(), prompt, limit)
+    except TooLongError as error:
+        raise context_exceeded(error.tokens, limit, "input") from None
+
+
+class ResponseRun:
+    """One response being made: a task that writes events into a record, which any number of readers may follow."""
+
+    def __init__(self, context: Context, body: ResponseBody) -> None:
+        self.context, self.body = context, body
+        self.model = context.served(body.model)
+        self.tokenizer = context.text_tokenizer()
+        if body.text and body.text.format and body.text.format.type != "text":
+            raise bad_request(
+                f"text.format {body.text.format.type} cannot be enforced yet.", "text.format", "unsupported_value"
+            )
+
+    async def start(self) -> Record:
+        """Render, submit, and go on in a task. Raises ApiError for what cannot be served."""
+        prompt, given = _prompt(self.context, self.body)
+        ids = await _render(self.context, prompt, self.context.prompt_limit(None))
+        names = forced_names(self.body, prompt.tools)
+        forced = ForcedCall(self.tokenizer, names) if names else None
+        answers = Answers(self.context, "input")
+        await answers.submit(
+            [Submission(ids, self.body.params(STOP_IDS), forced)],
+            priority=self.body.priority or 0,
+            cache_salt=self.body.cache_salt,
+        )
+        record = Record(self._new(prompt), given.items, given.turns, given.callers)
+        if self.body.store is not False:
+            self.context.responses.add(record)
+        record.task = asyncio.create_task(self._run(record, answers, prompt.tools, len(ids)))
+        record.task.add_done_callback(lambda _: self._ended(record, answers))
+        return record
+
+    def _new(self, prompt: Prompt) -> dict[str, Any]:
+        """The response object, every key present, before anything was generated."""
+        body = self.body
+        reasoning = body.reasoning
+        choice: Any = body.tool_choice
+        tools = [_echoed_tool(tool.model_dump()) for tool in body.tools or ()]
+        if isinstance(choice, ToolChoice):
+            choice = choice.model_dump(exclude_none=True)
+        text: dict[str, Any] = {"format": {"type": "text"}}
+        if body.text and body.text.verbosity:
+            text["verbosity"] = body.text.verbosity
+        return {
+            "id": f"resp_{secrets.token_hex(16)}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "completed_at": None,
+            "status": "queued" if body.background else "in_progress",
+            "incomplete_details": None,
+            "model": self.model,
+            "previous_response_id": body.previous_response_id,
+            "instructions": body.instructions,
+            "output": [],
+            "error": None,
+            "tools": tools,
+            "tool_choice": choice or "auto",
+            "truncation": body.truncation or "disabled",
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "text": text,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "presence_penalty": body.presence_penalty or 0.0,
+            "frequency_penalty": body.frequency_penalty or 0.0,
+            "top_logprobs": body.top_logprobs or 0,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "reasoning": {"effort": prompt.effort, "summary": reasoning.summary if reasoning else None},
+            "usage": None,
+            "max_output_tokens": body.max_output_tokens,
+            "max_tool_calls": body.max_tool_calls,
+            "store": body.store is not False,
+            "background": bool(body.background),
+            "service_tier": "default",
+            "metadata": body.metadata or {},
+            "safety_identifier": body.safety_identifier,
+            "prompt_cache_key": body.prompt_cache_key,
+            "user": body.user,
+        }
+
+    async def _run(self, record: Record, answers: Answers, tools: Sequence[FunctionTool], prompt_tokens: int) -> None:
+        output = Output(
+            OutputOptions(
+                [tool.name for tool in tools],
+                LogprobNames(self.tokenizer) if self.body.wants_logprobs else None,
+                self.context.seal if self.body.wants_encrypted else None,
+                self.body.summarises,
+                self.context.options.reasoning_event,
+            )
+        )
+        progress = _Progress(HarmonyParser(self.tokenizer), output)
+        snapshot = record.response
+        record.emit("response.created", response=dict(snapshot))
+        snapshot["status"] = "in_progress"
+        record.emit("response.in_progress", response=dict(snapshot))
+        try:
+            async with answers:
+                async for _, new in answers.outputs():
+                    for kind, fields in progress.feed(new):
+                        record.emit(kind, **fields)
+            reason = progress.finish_reason
+            status = "incomplete" if reason == "length" else "completed"
+            details = {"reason": "max_output_tokens"} if reason == "length" else None
+            self._end(record, progress, prompt_tokens, status, incomplete_details=details)
+        except ApiError as error:
+            failure = {"code": "server_error", "message": error.message}
+            self._end(record, progress, prompt_tokens, "failed", error=failure)
+        except asyncio.CancelledError:
+            self._end(record, progress, prompt_tokens, "cancelled")
+        finally:
+            self.context.metrics.harmony_repairs.inc(progress.parser.repairs)
+
+    def _ended(self, record: Record, answers: Answers) -> None:
+        """Whatever ended the task, even before it began: nothing runs on, and nobody waits for ever."""
+        answers.abort()
+        if not record.finished:
+            assert record.task is not None
+            record.response["status"] = "cancelled" if record.task.cancelled() else "failed"
+            record.response["error"] = {"code": "server_error", "message": "The server failed to answer."}
+            record.wake()
+
+    def _end(self, record: Record, progress: _Progress, prompt_tokens: int, status: str, **fields: Any) -> None:
+        """The terminal event. There is none for a cancelled response: its readers just see the stream end."""
+        output = progress.output
+        usage = {
+            "input_tokens": prompt_tokens,
+            "input_tokens_details": {"cached_tokens": progress.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens": progress.tokens,
+            "output_tokens_details": {"reasoning_tokens": output.reasoning_tokens},
+            "total_tokens": prompt_tokens + progress.tokens,
+        }
+        items = [item for item in output.items if item["status"] != "in_progress"]
+        record.response |= {"status": status, "output": items, "usage": usage, **fields}
+        if status == "completed":
+            record.response["completed_at"] = int(time.time())
+        record.turns += output.turns
+        record.callers |= {item["call_id"]: item["name"] for item in items if item["type"] == "function_call"}
+        record.item_turns = output.item_turns
+        if status == "cancelled":
+            record.wake()
+        else:
+            record.emit(f"response.{status}", response=dict(record.response))
+        self.context.responses.finish(record)
+
+
+class _Progress:
+    """How far the answer is: tokens in, events out."""
+
+    def __init__(self, parser: HarmonyParser, output: Output) -> None:
+        self.parser, self.output = parser, output
+        self.tokens = self.cached_tokens = 0
+        self.finish_reason: str | None = None
+
+    def feed(self, new: RequestOutput) -> list[tuple[str, dict[str, Any]]]:
+        self.cached_tokens = max(self.cached_tokens, new.cached_tokens)
+        self.tokens += len(new.token_ids)
+        events: list[tuple[str, dict[str, Any]]] = []
+        for i, token in enumerate(new.token_ids):
+            for each in self.parser.push(token):
+                events += self.output.feed(each, new.logprobs[i] if new.logprobs else None)
+        if new.finish_reason:
+            self.finish_reason = new.finish_reason
+            for each in self.parser.finish():
+                events += self.output.feed(each, None, cut=new.finish_reason == "length")
+        return events
+
+
+def _echoed_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    if tool["type"] != "function":
+        return tool
+    return {
+        "type": "function",
+        "name": tool["name"],
+        "description": tool.get("description"),
+        "parameters": tool.get("parameters"),
+        "strict": tool.get("strict"),
+    }

@@ -1,0 +1,162 @@
+"""What the model writes as the output items of a response, and the events that tell of them as they grow.
+
+One item is open at a time: output_item.added, content_part.added, deltas, the text's done, content_part.done,
+output_item.done. An item never has an optional field that is null: absent fields are left out.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from gptoss_compile.runtime.api.harmony import Event, Message
+from gptoss_compile.runtime.api.logprobs import LogprobNames
+from gptoss_compile.runtime.api.render import Turn
+from gptoss_compile.runtime.api.seal import Seal
+from gptoss_compile.runtime.api.tools import call_id, tool_name
+from gptoss_compile.runtime.sampler import TokenLogprobs
+
+OutputEvent = tuple[str, dict[str, Any]]  # its type, and its other fields
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """tools: names of the functions. summaries: give the reasoning as a summary, too. reasoning_event: its name."""
+
+    tools: Sequence[str]
+    logprobs: LogprobNames | None = None
+    seal: Seal | None = None
+    summaries: bool = False
+    reasoning_event: str = "response.reasoning_text"
+
+
+class Output:
+    """The items of one response. Feed it the parser's events; it returns the response's."""
+
+    def __init__(self, options: OutputOptions) -> None:
+        self._options = options
+        self.items: list[dict[str, Any]] = []
+        self.turns: list[Turn] = []
+        self.item_turns: dict[str, Turn] = {}
+        self.reasoning_tokens = 0
+        self._scores: list[dict[str, Any]] = []
+
+    @property
+    def called(self) -> bool:
+        return any(item["type"] == "function_call" for item in self.items)
+
+    def feed(self, event: Event, scores: TokenLogprobs | None, *, cut: bool = False) -> Iterator[OutputEvent]:
+        """cut: the message is closed because the answer ran out of room."""
+        if event.kind == "open":
+            yield from self._open(event.message)
+        elif event.kind == "text":
+            yield from self._text(event, scores)
+        else:
+            yield from self._close(event.message, "incomplete" if cut else "completed")
+
+    def _where(self, **fields: Any) -> dict[str, Any]:
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
+
+    def _open(self, message: Message) -> Iterator[OutputEvent]:
+        item = self._new_item(message)
+        self.items.append(item)
+        self._scores = []
+        yield "response.output_item.added", {"output_index": len(self.items) - 1, "item": deepcopy(item)}
+        if item["type"] != "function_call":
+            yield "response.content_part.added", self._where(content_index=0, part=self._part(""))
+
+    def _new_item(self, message: Message) -> dict[str, Any]:
+        name = None if message.channel == "final" else tool_name(message.recipient, self._options.tools)
+        if name is not None:
+            return {
+                "type": "function_call",
+                "id": f"fc_{secrets.token_hex(16)}",
+                "call_id": call_id(),
+                "name": name,
+                "arguments": "",
+                "status": "in_progress",
+            }
+        if message.channel == "analysis" or message.recipient is not None:
+            return {
+                "type": "reasoning",
+                "id": f"rs_{secrets.token_hex(16)}",
+                "summary": [],
+                "content": [],
+                "status": "in_progress",
+            }
+        return {
+            "type": "message",
+            "id": f"msg_{secrets.token_hex(16)}",
+            "role": "assistant",
+            "content": [],
+            "status": "in_progress",
+            "phase": "commentary" if message.channel == "commentary" else "final_answer",
+        }
+
+    def _part(self, text: str) -> dict[str, Any]:
+        if self.items[-1]["type"] == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        part: dict[str, Any] = {"type": "output_text", "text": text, "annotations": []}
+        return part | ({"logprobs": list(self._scores)} if self._options.logprobs else {})
+
+    def _text(self, event: Event, scores: TokenLogprobs | None) -> Iterator[OutputEvent]:
+        kind = self.items[-1]["type"]
+        if kind == "function_call":
+            if event.text:
+                yield "response.function_call_arguments.delta", self._where(delta=event.text)
+        elif kind == "reasoning":
+            self.reasoning_tokens += event.from_token
+            if event.text:
+                yield f"{self._options.reasoning_event}.delta", self._where(content_index=0, delta=event.text)
+        else:
+            entries = []
+            if self._options.logprobs and scores and event.from_token:
+                entries = [self._options.logprobs.entry(scores)]
+                self._scores += entries
+            if event.text or entries:
+                yield "response.output_text.delta", self._where(content_index=0, delta=event.text, logprobs=entries)
+
+    def _close(self, message: Message, status: str) -> Iterator[OutputEvent]:
+        item, text = self.items[-1], message.text
+        item["status"] = status
+        if item["type"] == "function_call":
+            item["arguments"] = text
+            yield "response.function_call_arguments.done", self._where(arguments=text, name=item["name"])
+        else:
+            yield from self._close_text(item, text)
+        if item["type"] == "reasoning" and self._options.seal and message.tokens:
+            item["encrypted_content"] = self._options.seal.close(message.tokens)
+        self._remember(message, item)
+        yield "response.output_item.done", {"output_index": len(self.items) - 1, "item": deepcopy(item)}
+
+    def _close_text(self, item: dict[str, Any], text: str) -> Iterator[OutputEvent]:
+        if item["type"] == "reasoning":
+            yield f"{self._options.reasoning_event}.done", self._where(content_index=0, text=text)
+        else:
+            yield "response.output_text.done", self._where(content_index=0, text=text, logprobs=list(self._scores))
+        item["content"] = [self._part(text)]
+        yield "response.content_part.done", self._where(content_index=0, part=self._part(text))
+        if item["type"] == "reasoning" and self._options.summaries:
+            yield from self._summary(item, text)
+
+    def _summary(self, item: dict[str, Any], text: str) -> Iterator[OutputEvent]:
+        """The reasoning once more, for clients that show nothing but its summary."""
+        where = self._where(summary_index=0)
+        part = {"type": "summary_text", "text": text}
+        yield "response.reasoning_summary_part.added", {**where, "part": {"type": "summary_text", "text": ""}}
+        yield "response.reasoning_summary_text.delta", {**where, "delta": text}
+        yield "response.reasoning_summary_text.done", {**where, "text": text}
+        yield "response.reasoning_summary_part.done", {**where, "part": part}
+        item["summary"] = [part]
+
+    def _remember(self, message: Message, item: dict[str, Any]) -> None:
+        """The message as a turn of later prompts. A call of a tool that does not exist becomes a thought."""
+        called = item["type"] == "function_call"
+        recipient = f"functions.{item['name']}" if called else None
+        channel = None if called else "analysis" if item["type"] == "reasoning" else message.channel
+        turn = Turn("assistant", message.text, channel, recipient, tokens=message.tokens)
+        self.turns.append(turn)
+        self.item_turns[item["id"]] = turn

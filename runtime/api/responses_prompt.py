@@ -1,0 +1,177 @@
+"""The input items of a response as the turns of a harmony conversation."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptoss_compile.runtime.api.errors import ApiError, bad_request
+from gptoss_compile.runtime.api.http import validated
+from gptoss_compile.runtime.api.render import FunctionTool, Turn
+from gptoss_compile.runtime.api.responses_schema import InputItem, PromptBody, ToolChoice
+from gptoss_compile.runtime.api.responses_store import ResponseStore
+from gptoss_compile.runtime.api.schemas import text_of
+from gptoss_compile.runtime.api.seal import Seal
+from gptoss_compile.runtime.api.tools import NAMESPACE
+
+logger = logging.getLogger(__name__)
+PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+
+
+@dataclass(frozen=True)
+class Input:
+    """items: as input_items lists them. callers: the function of each call_id, those of earlier responses included."""
+
+    turns: list[Turn]
+    items: list[dict[str, Any]]
+    callers: dict[str, str]
+
+
+class InputReader:
+    """Reads `input`, on top of an earlier response's callers. Raises ApiError, which names the item."""
+
+    def __init__(self, store: ResponseStore, seal: Seal, callers: Mapping[str, str]) -> None:
+        self._store, self._seal = store, seal
+        self._callers = dict(callers)
+
+    def read(self, given: str | Sequence[dict[str, Any]]) -> Input:
+        raw = [{"type": "message", "role": "user", "content": given}] if isinstance(given, str) else given
+        items = [_item(each, f"input[{number}]") for number, each in enumerate(raw)]
+        turns: list[Turn] = []
+        for number, item in enumerate(items):
+            before_call = number + 1 < len(items) and items[number + 1].kind == "function_call"
+            turns += self._turns(item, f"input[{number}]", before_call)
+        return Input(turns, [_listed(each, item) for each, item in zip(raw, items, strict=True)], self._callers)
+
+    def _turns(self, item: InputItem, where: str, before_call: bool) -> Iterator[Turn]:
+        match item.kind:
+            case "message":
+                yield self._message(item, where, before_call)
+            case "reasoning":
+                yield self._reasoning(item, where)
+            case "function_call":
+                yield self._call(item, where)
+            case "function_call_output":
+                yield self._output(item, where)
+            case "item_reference":
+                yield self._reference(item, where)
+            case _:
+                raise bad_request(f"{where}: items of type {(item.type or 'unknown')[:40]!r} are not supported.", where)
+
+    def _message(self, item: InputItem, where: str, before_call: bool) -> Turn:
+        text = text_of(item.content)
+        match item.role:
+            case "assistant":
+                commentary = item.phase == "commentary" or (item.phase is None and before_call)
+                return Turn("assistant", text, channel="commentary" if commentary else "final")
+            case "user":
+                return Turn("user", text)
+            case "system" | "developer":
+                return Turn("developer", text)
+        raise bad_request(f"{where}.role is missing.", f"{where}.role")
+
+    def _reasoning(self, item: InputItem, where: str) -> Turn:
+        """Sealed tokens are the model's own; without them the text, or at least its summary, does."""
+        tokens = self._seal.open(item.encrypted_content) if item.encrypted_content else None
+        text = text_of(item.content) or text_of(item.summary)
+        if item.encrypted_content and tokens is None and not text:
+            raise bad_request(
+                f"{where}.encrypted_content is not this server's.",
+                f"{where}.encrypted_content",
+                "invalid_encrypted_content",
+            )
+        return Turn("assistant", text, channel="analysis", tokens=tokens)
+
+    def _call(self, item: InputItem, where: str) -> Turn:
+        if not item.call_id or not item.name:
+            raise bad_request(f"{where}: a function_call needs call_id and name.", where)
+        self._callers[item.call_id] = item.name
+        return Turn("assistant", item.arguments or "{}", recipient=NAMESPACE + item.name)
+
+    def _output(self, item: InputItem, where: str) -> Turn:
+        name = self._callers.get(item.call_id or "")
+        if name is None:
+            raise bad_request(
+                f"No tool call found for function call output with call_id {(item.call_id or '')[:100]!r}.",
+                f"{where}.call_id",
+            )
+        return Turn("tool", text_of(item.output), name=NAMESPACE + name)
+
+    def _reference(self, item: InputItem, where: str) -> Turn:
+        found = self._store.item(item.id or "")
+        if found is None:
+            raise ApiError(
+                404, f"Item with id '{(item.id or '')[:100]}' not found.", param=where, code="item_not_found"
+            )
+        original, turn = found
+        if original.get("type") == "function_call":
+            self._callers[original["call_id"]] = original["name"]
+        return turn or next(self._turns(validated(original, InputItem), where, False))
+
+
+def _item(raw: dict[str, Any], where: str) -> InputItem:
+    try:
+        return validated(raw, InputItem)
+    except ApiError as error:
+        param = f"{where}.{error.param}" if error.param else where
+        raise bad_request(f"{where}: {error.message}", param) from None
+
+
+def _listed(raw: dict[str, Any], item: InputItem) -> dict[str, Any]:
+    """An input item as input_items gives it back: with an id, a type and, for messages, parts."""
+    kind = item.kind or "message"
+    listed = {**raw, "type": kind, "id": item.id or f"{PREFIXES.get(kind, 'item')}_{secrets.token_hex(12)}"}
+    if kind == "message":
+        part = "output_text" if item.role == "assistant" else "input_text"
+        if isinstance(raw.get("content"), str):
+            listed["content"] = [{"type": part, "text": raw["content"]}]
+            if part == "output_text":
+                listed["content"][0]["annotations"] = []
+        listed.setdefault("status", "completed")
+    return {key: value for key, value in listed.items() if value is not None}
+
+
+def function_tools(body: PromptBody) -> list[FunctionTool]:
+    """The functions to show. Built-in tools, which are off, are left out, unless tool_choice insists on one."""
+    tools = []
+    for tool in body.tools or ():
+        if (function := tool.function) is None:
+            logger.warning("the built-in tool %s is off and was left out", tool.type)
+            continue
+        tools.append(FunctionTool(function.name, function.description or "", function.parameters, function.strict))
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise bad_request("The names of tools must differ.", "tools")
+    choice = body.tool_choice
+    if choice == "none":
+        return []
+    if choice == "required" and not tools:
+        raise bad_request("tool_choice: required needs function tools.", "tool_choice")
+    if isinstance(choice, ToolChoice):
+        allowed = _allowed(choice)
+        if missing := [name for name in allowed if name not in names]:
+            raise bad_request(
+                f"tool_choice names {missing[0][:100]!r}, which is not among the function tools.", "tool_choice"
+            )
+        if choice.type == "allowed_tools":
+            tools = [tool for tool in tools if tool.name in allowed]
+    return tools
+
+
+def forced_names(body: PromptBody, tools: Sequence[FunctionTool]) -> list[str]:
+    """The functions one of which must be called; empty if none must."""
+    choice = body.tool_choice
+    if isinstance(choice, ToolChoice):
+        return _allowed(choice) if choice.type == "function" or choice.mode == "required" else []
+    return [tool.name for tool in tools] if choice == "required" else []
+
+
+def _allowed(choice: ToolChoice) -> list[str]:
+    if choice.type == "function" and choice.name:
+        return [choice.name]
+    if choice.type == "allowed_tools" and choice.tools:
+        return [str(tool.get("name")) for tool in choice.tools]
+    raise bad_request(f"tool_choice of type {choice.type[:40]!r} is not available here.", "tool_choice")

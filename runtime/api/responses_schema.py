@@ -1,0 +1,184 @@
+"""Bodies of /v1/responses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from gptoss_compile.runtime.api.schemas import (
+    MAX_TOP_LOGPROBS,
+    Body,
+    Content,
+    FunctionDefinition,
+    ReasoningEffort,
+    ResponseFormat,
+    StreamOptions,
+)
+from gptoss_compile.runtime.sampling_params import SamplingParams
+
+INCLUDABLE = (
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",
+    "message.output_text.logprobs",
+)
+BUILT_IN = (
+    "web_search",
+    "web_search_preview",
+    "code_interpreter",
+    "mcp",
+    "file_search",
+    "image_generation",
+    "computer_use_preview",
+    "local_shell",
+    "shell",
+)
+# Fields that would change what the answer means, and that this server does not have.
+UNSUPPORTED = ("conversation", "prompt", "context_management", "moderation")
+
+
+class InputItem(Body):
+    """One item of `input`, of any type; which fields matter depends on the type."""
+
+    type: str | None = None
+    id: str | None = None
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: Content | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: Content | None = None
+    summary: Content | None = None
+    encrypted_content: str | None = None
+
+    @property
+    def kind(self) -> str | None:
+        return self.type or ("message" if self.role else "item_reference" if self.id else None)
+
+
+class ResponseTool(Body):
+    """A function, or a tool of another type that is left out of the prompt."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    type: str
+
+    @property
+    def function(self) -> FunctionDefinition | None:
+        if self.type != "function":
+            return None
+        return FunctionDefinition.model_validate(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known(self) -> ResponseTool:
+        if self.type.partition("_2025")[0] not in ("function", *BUILT_IN):
+            raise ValueError(f"tools of type {self.type[:40]!r} are not supported")
+        _ = self.function  # raises for one that is incomplete
+        return self
+
+
+class ToolChoice(Body):
+    """`{"type": "function", "name"}`, or `{"type": "allowed_tools", "mode", "tools"}`."""
+
+    type: str
+    name: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[dict[str, Any]] | None = None
+
+
+class Reasoning(Body):
+    effort: ReasoningEffort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class Text(Body):
+    format: ResponseFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class PromptBody(Body):
+    """What a prompt is made of: all of /v1/responses/input_tokens."""
+
+    model: str | None = None
+    input: str | list[dict[str, Any]] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    reasoning: Reasoning | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+
+
+class ResponseBody(PromptBody):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)  # extra: to refuse UNSUPPORTED by name
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    store: bool | None = None
+    background: bool | None = None
+    include: list[str] | None = None
+    metadata: dict[str, str] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
+    parallel_tool_calls: bool | None = None
+    text: Text | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    user: str | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    cache_salt: str | None = None
+
+    @field_validator("include")
+    @classmethod
+    def _include(cls, value: list[str] | None) -> list[str] | None:
+        if unknown := [name for name in value or () if name not in INCLUDABLE]:
+            raise ValueError(f"{unknown[0][:60]!r} cannot be included; known are {', '.join(INCLUDABLE)}")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ResponseBody:
+        if present := [name for name in UNSUPPORTED if (self.model_extra or {}).get(name) is not None]:
+            raise ValueError(f"{present[0]} is not supported")
+        if self.background and self.store is False:
+            raise ValueError("background: true needs store: true")
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options is only allowed with stream: true")
+        if self.input is None or self.input == []:
+            raise ValueError("input is missing")
+        return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return "message.output_text.logprobs" in (self.include or ())
+
+    @property
+    def wants_encrypted(self) -> bool:
+        return "reasoning.encrypted_content" in (self.include or ())
+
+    @property
+    def summarises(self) -> bool:
+        return bool(self.reasoning and (self.reasoning.summary or self.reasoning.generate_summary))
+
+    def params(self, stop_ids: tuple[int, ...]) -> SamplingParams:
+        names = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "seed")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return SamplingParams(
+            **given,
+            max_tokens=self.max_output_tokens,
+            stop_token_ids=stop_ids,
+            logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+        )
