@@ -156,7 +156,20 @@ def inspect_main(arguments: Sequence[str] | None = None) -> int:
     return main(arguments)
 
 
+COMMANDS = {"compile": compile_main, "serve": serve_main, "inspect": inspect_main}
+
+
+def main() -> int:
+    """`python -m gptoss_compile.cli compile|serve|inspect ...`, where the installed commands are not on the PATH."""
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        return _fail(f"usage: python -m gptoss_compile.cli {'|'.join(COMMANDS)} ...")
+    return COMMANDS[sys.argv[1]](sys.argv[2:])
+
+
 def _fail(message: str, code: int = USAGE_ERROR) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
 
+
+if __name__ == "__main__":
+    raise SystemExit(main())

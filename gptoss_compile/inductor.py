@@ -4,6 +4,7 @@ by AOTInductor to one shared library a bucket."""
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any
 
 import torch
@@ -54,8 +55,10 @@ def compile_graph(graph: fx.Graph, path: str) -> None:
     dynamic = tuple({0: pools[n.meta["val"].shape]} if _kind(n) == "cache" else None for n in nodes)
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False):
         tensors = tuple(torch.empty(n.meta["val"].shape, dtype=n.meta["val"].dtype) for n in nodes)
-    program = torch.export.export(Decomposed(graph), tensors, dynamic_shapes=(dynamic,), strict=False)
-    torch._inductor.aoti_compile_and_package(program, package_path=path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about PyTorch's own
+        program = torch.export.export(Decomposed(graph), tensors, dynamic_shapes=(dynamic,), strict=False)
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
 
 
 def _pool_shapes(nodes: list[fx.Node]) -> list[torch.Size]:

@@ -22,10 +22,19 @@ WAIT = re.compile(r"\bACQBULK\b")
 TRIGGER = re.compile(r"\bPREEXIT\b")
 
 
+ELF_ARCHITECTURE = 49  # where a cubin's ELF header names its architecture: the second byte of e_flags
+
+
 def sass(binary: Binary) -> str:
-    """The instructions of a cubin, in the order of their addresses."""
+    """The instructions of a cubin, in the order of their addresses.
+
+    Triton's nvdisasm is older than its ptxas for Blackwell and knows no sm_103, whose instructions are those of sm_100.
+    """
+    code = bytearray(binary.code)
+    if code[ELF_ARCHITECTURE] == 103:
+        code[ELF_ARCHITECTURE] = 100
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.code)
+        file.write(code)
         file.flush()
         return subprocess.run([nvidia_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True,
                               check=True).stdout
