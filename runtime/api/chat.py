@@ -55,7 +55,7 @@ class Chat:
     async def start(self) -> Answers:
         """Render the prompt and submit it n times. Raises ApiError."""
         body = self.body
-        prompt = chat_prompt(body, self.context.options)
+        prompt = chat_prompt(body, self.context.options, self.context.calls)
         limit = self.context.prompt_limit(None)
         try:
             self.prompt = await render(self.tokenizer, prompt, limit)
@@ -99,6 +99,8 @@ class Chat:
         self.context.metrics.harmony_repairs.inc(choice.repairs - repairs)
         if choice.finish_reason:
             answers.end(index)
+        if choice.finish_reason == "tool_calls":
+            self.context.calls.remember(choice.calls, choice.turns)
         return deltas
 
     async def whole(self) -> dict[str, Any]:

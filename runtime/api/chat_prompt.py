@@ -8,11 +8,11 @@ from gptoss_compile.runtime.api.errors import bad_request
 from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.render import EFFORTS, FunctionTool, Prompt, Turn
 from gptoss_compile.runtime.api.schemas import ChatBody, ChatMessage, text_of
-from gptoss_compile.runtime.api.tools import NAMESPACE
+from gptoss_compile.runtime.api.tools import NAMESPACE, CallMemory
 
 
-def chat_prompt(body: ChatBody, options: ServerOptions) -> Prompt:
-    """Raises ApiError for messages that cannot follow each other."""
+def chat_prompt(body: ChatBody, options: ServerOptions, memory: CallMemory) -> Prompt:
+    """Raises ApiError for messages that cannot follow each other. memory: what was written before recent calls."""
     tools = (
         ()
         if body.tool_choice == "none"
@@ -24,18 +24,20 @@ def chat_prompt(body: ChatBody, options: ServerOptions) -> Prompt:
     callers: dict[str, str] = {}
     turns: list[Turn] = []
     for number, message in enumerate(body.messages):
-        turns += _turns(message, callers, number)
+        turns += _turns(message, callers, number, memory)
     return Prompt(turns, tools, EFFORTS[body.reasoning_effort or "medium"], options.system_date)
 
 
-def _turns(message: ChatMessage, callers: dict[str, str], number: int) -> Iterator[Turn]:
+def _turns(message: ChatMessage, callers: dict[str, str], number: int, memory: CallMemory) -> Iterator[Turn]:
     text = text_of(message.content)
     if message.role in ("system", "developer"):
         yield Turn("developer", text)
     elif message.role == "user":
         yield Turn("user", text)
     elif message.role == "assistant":
-        yield from _assistant(message, text, callers)
+        calls = [(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+        callers.update({call_id: name for call_id, name, _ in calls})
+        yield from (memory.recall(calls) if calls else None) or _assistant(message, text)
     else:
         name = callers.get(message.tool_call_id or "") or message.name
         if name is None:
@@ -46,7 +48,7 @@ def _turns(message: ChatMessage, callers: dict[str, str], number: int) -> Iterat
         yield Turn("tool", text, name=NAMESPACE + name.removeprefix(NAMESPACE))
 
 
-def _assistant(message: ChatMessage, text: str, callers: dict[str, str]) -> Iterator[Turn]:
+def _assistant(message: ChatMessage, text: str) -> Iterator[Turn]:
     """Reasoning, then what was said, then the calls: beside a call the text is a preamble, not the final answer."""
     if reasoning := message.reasoning or message.reasoning_content:
         yield Turn("assistant", reasoning, channel="analysis")
@@ -54,7 +56,6 @@ def _assistant(message: ChatMessage, text: str, callers: dict[str, str]) -> Iter
     if text or not (calls or reasoning):
         yield Turn("assistant", text, channel="commentary" if calls else "final")
     for call in calls:
-        callers[call.id] = call.function.name
         yield Turn(
             "assistant", call.function.arguments, recipient=NAMESPACE + call.function.name.removeprefix(NAMESPACE)
         )

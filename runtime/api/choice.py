@@ -7,10 +7,11 @@ from typing import Any
 
 from gptoss_compile.runtime.api.harmony import Event, HarmonyParser, Message
 from gptoss_compile.runtime.api.logprobs import LogprobNames
+from gptoss_compile.runtime.api.render import Turn
 from gptoss_compile.runtime.api.schemas import ChatBody
 from gptoss_compile.runtime.api.stops import StopStrings
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
-from gptoss_compile.runtime.api.tools import Call, tool_name
+from gptoss_compile.runtime.api.tools import Call, as_turn, called_tool
 from gptoss_compile.runtime.outputs import RequestOutput
 from gptoss_compile.runtime.sampler import TokenLogprobs
 
@@ -63,6 +64,14 @@ class Choice:
             chunks.append(self.chunk({}) | {"finish_reason": self.finish_reason})
         return chunks
 
+    @property
+    def calls(self) -> Sequence[Call]:
+        return self._calls
+
+    @property
+    def turns(self) -> list[Turn]:
+        return [as_turn(message, self._tools) for message in self._parser.messages]
+
     def whole(self) -> dict[str, Any]:
         content = "".join(self._content)
         message: dict[str, Any] = {
@@ -98,7 +107,7 @@ class Choice:
 
     def _event(self, event: Event, scores: TokenLogprobs | None) -> list[dict[str, Any]]:
         message = event.message
-        if name := self._tool(message):
+        if name := called_tool(message, self._tools):
             return self._call_event(event, name)
         if event.kind != "text":
             return []
@@ -109,9 +118,6 @@ class Choice:
         self.reasoning_tokens += event.from_token
         text = self._separated("reasoning", message) + event.text
         return [self._say("reasoning", text)] if text and self._body.include_reasoning is not False else []
-
-    def _tool(self, message: Message) -> str | None:
-        return None if message.channel == "final" else tool_name(message.recipient, self._tools)
 
     def _call_event(self, event: Event, name: str) -> list[dict[str, Any]]:
         if event.kind == "open":

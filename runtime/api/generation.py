@@ -15,6 +15,7 @@ from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.responses_store import ResponseStore
 from gptoss_compile.runtime.api.seal import Seal
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
+from gptoss_compile.runtime.api.tools import CallMemory
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput
 from gptoss_compile.runtime.request import LogitsProcessor
@@ -33,6 +34,7 @@ class Context:
     metrics: Metrics
     responses: ResponseStore = field(default_factory=ResponseStore)
     seal: Seal = field(default_factory=Seal)
+    calls: CallMemory = field(default_factory=CallMemory)
 
     def text_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

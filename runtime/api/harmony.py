@@ -28,6 +28,7 @@ HEADER_LIMIT = 64  # tokens; what is longer is no header but text that the model
 class Message:
     """recipient: whom a commentary or analysis message is for (`functions.get_weather`), None for people.
 
+    closed: the model ended it; False for one that is open or was cut off.
     tokens: the message as the model wrote it, from <|start|> to its end, fit for a later prompt (there <|return|> becomes
     <|end|>); None if it was malformed or cut off.
     """
@@ -82,7 +83,7 @@ class HarmonyParser:
     def finish(self) -> list[Event]:
         """The turn is over, wherever it stands."""
         if self._state == "content":
-            return self._close()
+            return self._close(cut=True)
         if self._state == "header" and (text := headless_text(self._header_text())):
             self.repairs += 1
             return self._write_headless(text) + self._close()
@@ -159,11 +160,11 @@ class HarmonyParser:
         header = parse_header(self._header_text()) if CHANNEL in self._header else Header("final")
         return self._open(header) + self._write(text)
 
-    def _close(self) -> list[Event]:
+    def _close(self, *, cut: bool = False) -> list[Event]:
         rest = self._utf8.finish()
         events = self._write(rest) if rest else []
         self._enter("between")
-        self.messages[-1].closed = True
+        self.messages[-1].closed = not cut
         return [*events, Event("close", self.messages[-1])]
 
 

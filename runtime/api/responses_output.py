@@ -16,7 +16,7 @@ from gptoss_compile.runtime.api.harmony import Event, Message
 from gptoss_compile.runtime.api.logprobs import LogprobNames
 from gptoss_compile.runtime.api.render import Turn
 from gptoss_compile.runtime.api.seal import Seal
-from gptoss_compile.runtime.api.tools import call_id, tool_name
+from gptoss_compile.runtime.api.tools import as_turn, call_id, called_tool, is_thought
 from gptoss_compile.runtime.sampler import TokenLogprobs
 
 OutputEvent = tuple[str, dict[str, Any]]  # its type, and its other fields
@@ -69,7 +69,7 @@ class Output:
             yield "response.content_part.added", self._where(content_index=0, part=self._part(""))
 
     def _new_item(self, message: Message) -> dict[str, Any]:
-        name = None if message.channel == "final" else tool_name(message.recipient, self._options.tools)
+        name = called_tool(message, self._options.tools)
         if name is not None:
             return {
                 "type": "function_call",
@@ -79,7 +79,7 @@ class Output:
                 "arguments": "",
                 "status": "in_progress",
             }
-        if message.channel == "analysis" or message.recipient is not None:
+        if is_thought(message):
             return {
                 "type": "reasoning",
                 "id": f"rs_{secrets.token_hex(16)}",
@@ -153,10 +153,6 @@ class Output:
         item["summary"] = [part]
 
     def _remember(self, message: Message, item: dict[str, Any]) -> None:
-        """The message as a turn of later prompts. A call of a tool that does not exist becomes a thought."""
-        called = item["type"] == "function_call"
-        recipient = f"functions.{item['name']}" if called else None
-        channel = None if called else "analysis" if item["type"] == "reasoning" else message.channel
-        turn = Turn("assistant", message.text, channel, recipient, tokens=message.tokens)
+        turn = as_turn(message, self._options.tools)
         self.turns.append(turn)
         self.item_turns[item["id"]] = turn

@@ -44,7 +44,11 @@ class InputReader:
         for number, item in enumerate(items):
             before_call = number + 1 < len(items) and items[number + 1].kind == "function_call"
             turns += self._turns(item, f"input[{number}]", before_call)
-        return Input(turns, [_listed(each, item) for each, item in zip(raw, items, strict=True)], self._callers)
+        return Input(turns, [self._listed(each, item) for each, item in zip(raw, items, strict=True)], self._callers)
+
+    def _listed(self, raw: dict[str, Any], item: InputItem) -> dict[str, Any]:
+        found = self._store.item(item.id or "") if item.kind == "item_reference" else None
+        return found[0] if found else _listed(raw, item)
 
     def _turns(self, item: InputItem, where: str, before_call: bool) -> Iterator[Turn]:
         match item.kind:
@@ -121,17 +125,18 @@ def _item(raw: dict[str, Any], where: str) -> InputItem:
 
 
 def _listed(raw: dict[str, Any], item: InputItem) -> dict[str, Any]:
-    """An input item as input_items gives it back: with an id, a type and, for messages, parts."""
+    """An input item as input_items gives it back: with id, type and status, a message's content as parts."""
     kind = item.kind or "message"
-    listed = {**raw, "type": kind, "id": item.id or f"{PREFIXES.get(kind, 'item')}_{secrets.token_hex(12)}"}
-    if kind == "message":
-        part = "output_text" if item.role == "assistant" else "input_text"
-        if isinstance(raw.get("content"), str):
-            listed["content"] = [{"type": part, "text": raw["content"]}]
-            if part == "output_text":
-                listed["content"][0]["annotations"] = []
+    listed = {key: value for key, value in raw.items() if value is not None}
+    listed |= {"type": kind, "id": item.id or f"{PREFIXES.get(kind, 'item')}_{secrets.token_hex(12)}"}
+    if kind != "reasoning":
         listed.setdefault("status", "completed")
-    return {key: value for key, value in listed.items() if value is not None}
+    if kind == "message":
+        content = listed.get("content", "")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        shape = {"type": "output_text", "annotations": []} if item.role == "assistant" else {"type": "input_text"}
+        listed["content"] = [{**shape, **part} for part in parts]
+    return listed
 
 
 def function_tools(body: PromptBody) -> list[FunctionTool]:

@@ -167,6 +167,35 @@ async def test_tool_loop_prompt(
     assert "Look." not in text and "So." not in text and "<|channel|>final<|message|>Sunny.<|end|>" in text
 
 
+async def test_tool_loop_keeps_the_models_tokens(
+    client: httpx.AsyncClient, script: Script, engine: ScriptedEngine
+) -> None:
+    """A client that drops the reasoning and respells the arguments still gets a prefix hit."""
+    script.add(CALL, ANSWER)
+    first = (await client.post(URL, json={"messages": USER, "tools": [TOOL]})).json()["choices"][0]["message"]
+    prompt = engine.prompts[-1]
+    [call] = first["tool_calls"]
+    call["function"]["arguments"] = '{ "city":"Paris" }'
+    loop = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": call["id"], "content": "sunny"},
+    ]
+    body = (await client.post(URL, json={"messages": loop, "tools": [TOOL]})).json()
+    raw = prompt + script.ids(CALL)
+    assert engine.prompts[-1][: len(raw)] == raw and body["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    call["function"]["arguments"] = '{"city": "Rome"}'  # not what the model wrote: the client's word counts
+    await client.post(URL, json={"messages": loop, "tools": [TOOL]})
+    assert engine.prompts[-1][: len(raw)] != raw
+
+
+async def test_cut_off_call(client: httpx.AsyncClient, script: Script) -> None:
+    script.add(CALL)
+    request = {"messages": USER, "tools": [TOOL], "max_tokens": len(script.ids(CALL)) - 2}
+    choice = (await client.post(URL, json=request)).json()["choices"][0]
+    assert choice["finish_reason"] == "length" and choice["message"]["tool_calls"]
+
+
 async def test_n_stop_and_length(client: httpx.AsyncClient, script: Script) -> None:
     script.add(ANSWER, "<|channel|>final<|message|>one two three<|return|>", ANSWER)
     request = {"messages": USER, "n": 3, "stop": ["!", " thr"], "max_completion_tokens": 12}

@@ -109,6 +109,39 @@ def test_official_client(strict: openai.OpenAI, script: Script) -> None:
         openai.OpenAI(base_url=str(strict.base_url), api_key="wrong", max_retries=0).models.list()
 
 
+def test_official_client_on_responses(strict: openai.OpenAI, script: Script) -> None:
+    tool: Any = {"type": "function", "name": "f", "parameters": TOOL["function"]["parameters"], "strict": False}
+    script.add(CALL, ANSWER, ANSWER, ANSWER)
+    first = strict.responses.create(model="gpt-oss", input="hi", tools=[tool])
+    call: Any = first.output[-1]
+    assert call.type == "function_call" and call.arguments == '{"a": 1}'
+    output: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "2"}
+    second = strict.responses.create(
+        model="gpt-oss",
+        input=[output],
+        tools=[tool],
+        previous_response_id=first.id,
+        include=["message.output_text.logprobs"],
+        reasoning={"effort": "low", "summary": "auto"},
+        top_logprobs=2,
+    )
+    assert second.output_text == "Hello 👍🏽!" and second.usage is not None
+    with strict.responses.stream(model="gpt-oss", input="hi", tools=[tool], reasoning={"summary": "auto"}) as stream:
+        kinds = [event.type for event in stream]
+        assert stream.get_final_response().output_text == "Hello 👍🏽!"
+    assert kinds[:2] == ["response.created", "response.in_progress"] and kinds[-1] == "response.completed"
+    assert "response.reasoning_text.delta" in kinds and "response.reasoning_summary_text.done" in kinds
+    assert strict.responses.retrieve(second.id).id == second.id
+    assert len(list(strict.responses.retrieve(second.id, stream=True, starting_after=2))) > 5
+    assert [item.type for item in strict.responses.input_items.list(second.id)] == ["function_call_output"]
+    assert strict.responses.input_tokens.count(model="gpt-oss", input="hi").input_tokens > 50
+    background = strict.responses.create(model="gpt-oss", input="hi", background=True)
+    assert background.status in ("queued", "in_progress", "completed")
+    strict.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        strict.responses.retrieve(second.id)
+
+
 def test_closing_a_stream_aborts(strict: openai.OpenAI, engine: ScriptedEngine) -> None:
     stream = strict.chat.completions.create(
         model="gpt-oss", messages=USER, stream=True, extra_body={"ignore_eos": True}
