@@ -6,10 +6,12 @@ import argparse
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from typing import Any, Literal
 
 import uvicorn
 
@@ -40,17 +42,29 @@ def serve(
     max_num_batched_tokens: int | None = None,
     enable_prefix_caching: bool = True,
     system_date: str | None = None,
+    responses_dialect: Literal["openai", "open-responses"] = "openai",
+    allowed_origins: Sequence[str] = (),
+    ssl_certfile: str | None = None,
+    ssl_keyfile: str | None = None,
 ) -> None:
     """Serve an artifact until SIGTERM or SIGINT, which let running answers finish.
 
     kv_pages: pages of the KV cache, by default as many as the memory holds. max_num_seqs and max_num_batched_tokens
-    bound one step; by default the artifact's buckets do. system_date pins the prompts' `Current date`.
+    bound one step; by default the artifact's buckets do. system_date, responses_dialect and allowed_origins are described
+    at ServerOptions. ssl_certfile (with the key in it or in ssl_keyfile) makes it HTTPS.
     Raises ValueError for an artifact or settings that cannot be served, OSError for an address that cannot be listened
     on, and EngineDiedError.
     """
     if not isinstance(artifact, Artifact):
         artifact = Artifact.open(artifact)
-    options = ServerOptions(_strings(served_model_name) or (artifact.path.name,), _strings(api_key), system_date)
+    _check_certificate(ssl_certfile, ssl_keyfile)
+    options = ServerOptions(
+        _strings(served_model_name) or (artifact.path.name,),
+        _strings(api_key),
+        system_date=system_date,
+        allowed_origins=tuple(allowed_origins),
+        responses_dialect=responses_dialect,
+    )
     sequences = max_num_seqs or max(bucket.sequences for bucket in artifact.buckets)
     tokens = max_num_batched_tokens or max(bucket.tokens for bucket in artifact.buckets)
     with closing(_listen(host, port)) as listener:
@@ -65,13 +79,15 @@ def serve(
         )
         engine.start()
         try:
-            run(engine, tokenizer, options, listener)
+            run(engine, tokenizer, options, listener, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
         finally:
             engine.shutdown(drain=False)
 
 
-def run(engine: Engine, tokenizer: Tokenizer | None, options: ServerOptions, listener: socket.socket) -> None:
-    """Serve a started engine on a listening socket until a signal. Raises EngineDiedError."""
+def run(
+    engine: Engine, tokenizer: Tokenizer | None, options: ServerOptions, listener: socket.socket, **settings: Any
+) -> None:
+    """Serve a started engine on a listening socket until a signal. Raises EngineDiedError. settings: uvicorn's."""
     app = build_app(engine, tokenizer, options)
     config = uvicorn.Config(
         app,
@@ -81,6 +97,7 @@ def run(engine: Engine, tokenizer: Tokenizer | None, options: ServerOptions, lis
         timeout_keep_alive=65,
         timeout_graceful_shutdown=DRAIN_SECONDS,
         server_header=False,
+        **settings,
     )
     server = _Server(config, engine, listener)
     with _signals_already_handled():
@@ -95,7 +112,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, engine: Engine, listener: socket.socket) -> None:
         super().__init__(config)
         self._engine = engine
-        self._url = _url(listener)
+        self._url = _url(listener, "https" if config.ssl_certfile else "http")
         self._ticks_dead = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -124,6 +141,18 @@ def _signals_already_handled() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _check_certificate(certfile: str | None, keyfile: str | None) -> None:
+    """Refuse before the weights are loaded what uvicorn would refuse afterwards."""
+    if keyfile and not certfile:
+        raise ValueError("--ssl-keyfile needs --ssl-certfile")
+    if certfile:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile)
+        except OSError as error:
+            files = f"{certfile} with {keyfile}" if keyfile else certfile
+            raise OSError(f"cannot use the certificate {files}: {error.strerror or error}") from None
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """A listening socket, taken before the weights are loaded so that a busy port is told at once."""
     try:
@@ -134,9 +163,9 @@ def _listen(host: str, port: int) -> socket.socket:
         raise OSError(f"cannot listen on {host}:{port}: {reason}") from None
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, scheme: str = "http") -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"{scheme}://{host}:{port}"
 
 
 def _strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -182,6 +211,21 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="reuse the KV cache of equal beginnings (default: on)",
     )
+    parser.add_argument(
+        "--responses-dialect",
+        choices=("openai", "open-responses"),
+        default="openai",
+        help="names of the reasoning events in /v1/responses (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        default=(),
+        metavar="ORIGIN",
+        help="web origins that may call the API from a browser, or * (default: none)",
+    )
+    parser.add_argument("--ssl-certfile", metavar="FILE", help="serve HTTPS with this certificate")
+    parser.add_argument("--ssl-keyfile", metavar="FILE", help="its private key, if that is in a file of its own")
     parser.add_argument("--system-date", metavar="YYYY-MM-DD", help="pin the date in prompts (default: today)")
     return parser
 

@@ -7,6 +7,7 @@ import logging
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -42,18 +43,30 @@ def build_app(engine: Engine, tokenizer: Tokenizer | None, options: ServerOption
             Route("/v1/models", operations.models, methods=["GET"]),
             Route("/v1/models/{model:path}", operations.model, methods=["GET"]),
             Route("/health", operations.health, methods=["GET"]),
-            Route("/ready", operations.ready, methods=["GET"]),
+            Route("/ready", operations.health, methods=["GET"]),
             Route("/metrics", operations.metrics, methods=["GET"]),  # and HEAD, which starlette adds
             Route("/tokenize", operations.tokenize, methods=["POST"]),
             Route("/detokenize", operations.detokenize, methods=["POST"]),
             Route("/tokenizer_info", operations.tokenizer_info, methods=["GET"]),
         ],
-        middleware=[Middleware(KeyMiddleware, keys=options.api_keys)] if options.api_keys else [],
+        middleware=_middleware(options),
         exception_handlers=_HANDLERS,
     )
     app.router.redirect_slashes = False  # a redirect would be the one answer that is not in OpenAI's shape
     app.state.context = Context(engine, tokenizer, options, Metrics(engine))
     return app
+
+
+def _middleware(options: ServerOptions) -> list[Middleware]:
+    """CORS comes first: a browser's preflight request carries no key."""
+    layers = []
+    if options.allowed_origins:
+        layers.append(
+            Middleware(CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"])
+        )
+    if options.api_keys:
+        layers.append(Middleware(KeyMiddleware, keys=options.api_keys))
+    return layers
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

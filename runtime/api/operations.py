@@ -42,18 +42,10 @@ async def model(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """200 while the engine lives and its steps end; needs no key and tells nothing else."""
+    """200 while the engine lives and its steps end; tells nothing else. /health needs no key, /ready does."""
     engine = _context(request).engine
     healthy = engine.healthy and engine.seconds_since_step < STALLED
     return JSONResponse({"status": "ok" if healthy else "unhealthy"}, 200 if healthy else 503)
-
-
-async def ready(request: Request) -> Response:
-    """200 while new requests are welcome: healthy and not draining."""
-    draining = getattr(request.app.state, "draining", False)
-    if draining:
-        return JSONResponse({"status": "draining"}, 503)
-    return await health(request)
 
 
 async def metrics(request: Request) -> Response:

@@ -11,6 +11,7 @@ from typing import Literal
 class ServerOptions:
     """served_model_names: the first is the model's id in answers, the others are aliases. api_keys: none means open.
 
+    allowed_origins: web pages of these origins (`*`: all) may call the API from a browser (CORS).
     responses_dialect: whose name the reasoning events of /v1/responses have.
     system_date pins `Current date` in prompts (YYYY-MM-DD). body_timeout is in seconds, for the whole request body.
     """
@@ -18,6 +19,7 @@ class ServerOptions:
     served_model_names: tuple[str, ...] = ("gpt-oss",)
     api_keys: tuple[str, ...] = ()
     system_date: str | None = None
+    allowed_origins: tuple[str, ...] = ()
     responses_dialect: Literal["openai", "open-responses"] = "openai"
     max_body_bytes: int = 16 << 20
     body_timeout: float = 30.0

@@ -172,6 +172,23 @@ async def test_keys(engine: ScriptedEngine, tokenizer: Tokenizer, script: Script
         assert (await client.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode()})).status_code == 200
 
 
+async def test_cors(engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
+    client = asgi_client(
+        build_app(engine, tokenizer, ServerOptions(api_keys=("k",), allowed_origins=("https://a.example",)))
+    )
+    for origin, allowed in (("https://a.example", True), ("https://b.example", False)):
+        headers = {
+            "Origin": origin,
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization",
+        }
+        preflight = await client.options(CHAT, headers=headers)
+        assert (preflight.headers.get("access-control-allow-origin") == origin) is allowed
+        assert (preflight.status_code == 200) is allowed
+    refused = await client.post(CHAT, json={"messages": USER}, headers={"Origin": "https://a.example"})
+    assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == "https://a.example"
+
+
 async def test_metrics(client: httpx.AsyncClient, script: Script) -> None:
     script.add("<|channel|>final<|message|>one two<|return|>")
     await client.post(CHAT, json={"messages": USER})

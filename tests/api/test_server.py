@@ -200,6 +200,13 @@ def test_busy_port(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         server._listen("no such host", 0)
 
 
+def test_unusable_certificate() -> None:
+    with pytest.raises(OSError, match="cannot use the certificate /nonexistent.pem: No such file"):
+        server._check_certificate("/nonexistent.pem", None)
+    with pytest.raises(ValueError, match="needs --ssl-certfile"):
+        server._check_certificate(None, "/nonexistent.pem")
+
+
 def test_importing_the_runtime_is_cheap() -> None:
     code = (
         "import sys; import gptoss_compile.runtime as r; r.serve; "
