@@ -55,21 +55,23 @@ def mxfp4(packed: tl.tensor, scales: tl.tensor) -> tl.tensor:
 
 
 @jit
-def expert_tile(weight_ptr: tl.tensor, scales_ptr: tl.tensor, rows: tl.tensor, start: tl.tensor, N: tl.constexpr,
-                K: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
-    """Rows `rows`, columns start … start + BK of one expert's [N, K] weights: [len(rows), BK] in DTYPE, 0 outside."""
+def expert_tile(weight_ptr: tl.tensor, scales_ptr: tl.tensor, expert: tl.tensor, rows: tl.tensor, start: tl.tensor,
+                N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+    """Rows `rows`, columns start … start + BK of an expert's [N, K] weights: [len(rows), BK] in DTYPE, 0 outside.
+
+    MXFP4 if there are scales.
+    """
     inside = (rows < N)[:, None]
+    row = expert.to(tl.int64) * N + rows[:, None]
     if scales_ptr is None:
         k = start + tl.arange(0, BK)
-        tile = tl.load(weight_ptr + rows[:, None] * K + k[None, :], mask=inside & (k < K)[None, :], other=0.0)
-        return tile.to(DTYPE)
+        return tl.load(weight_ptr + row * K + k[None, :], mask=inside & (k < K)[None, :], other=0.0).to(DTYPE)
     else:
         byte = start // 2 + tl.arange(0, BK // 2)
         block = start // 32 + tl.arange(0, BK // 32)
-        packed = tl.load(weight_ptr + rows[:, None] * (K // 2) + byte[None, :],
-                         mask=inside & (byte < K // 2)[None, :], other=0)
-        scales = tl.load(scales_ptr + rows[:, None] * (K // 32) + block[None, :],
-                         mask=inside & (block < K // 32)[None, :], other=0)
+        packed = tl.load(weight_ptr + row * (K // 2) + byte[None, :], mask=inside & (byte < K // 2)[None, :], other=0)
+        scales = tl.load(scales_ptr + row * (K // 32) + block[None, :], mask=inside & (block < K // 32)[None, :],
+                         other=0)
         return mxfp4(packed, scales).to(DTYPE)
 
 

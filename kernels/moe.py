@@ -71,30 +71,6 @@ def moe_down(h: Tensor, ids: Tensor, probs: Tensor, weight: Tensor, scales: Tens
 
 
 @jit
-def of_expert(pointer: tl.tensor, expert: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
-    """The expert's part of a stack of experts, SIZE elements each; None stays None."""
-    if pointer is None:
-        return None
-    else:
-        return pointer + expert.to(tl.int64) * SIZE
-
-
-@jit
-def blocks_of(scales_ptr: tl.tensor, expert: tl.tensor, N: tl.constexpr, K: tl.constexpr) -> tl.tensor:
-    """The expert's scales."""
-    return of_expert(scales_ptr, expert, N * (K // 32))
-
-
-@jit
-def weights_of(weight_ptr: tl.tensor, expert: tl.tensor, scales_ptr: tl.tensor, N: tl.constexpr, K: tl.constexpr) -> tl.tensor:
-    """The expert's [N, K] weights: half a byte each if there are scales."""
-    if scales_ptr is None:
-        return of_expert(weight_ptr, expert, N * K)
-    else:
-        return of_expert(weight_ptr, expert, N * (K // 2))
-
-
-@jit
 def moe_gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ids_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor,
                    bias_ptr: tl.tensor, out0_ptr: tl.tensor, I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
                    EPS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
@@ -110,16 +86,14 @@ def moe_gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ids_ptr: tl
     wait(PDL)
     trigger(PDL)
     expert = tl.load(ids_ptr + pair)
-    weight = weights_of(weight_ptr, expert, scales_ptr, 2 * I, H)
-    scales = blocks_of(scales_ptr, expert, 2 * I, H)
     gates = tl.zeros((ROWS, BK), tl.float32)
     ups = tl.zeros((ROWS, BK), tl.float32)
     for start in range(0, H, BK):
         k = start + tl.arange(0, BK)
         x = tl.load(line + k, mask=k < H, other=0.0).to(tl.float32)
         x *= tl.load(norm_weight_ptr + k, mask=k < H, other=0.0).to(tl.float32)
-        gates += expert_tile(weight, scales, 2 * i, start, 2 * I, H, BK, tl.float32) * x[None, :]
-        ups += expert_tile(weight, scales, 2 * i + 1, start, 2 * I, H, BK, tl.float32) * x[None, :]
+        gates += expert_tile(weight_ptr, scales_ptr, expert, 2 * i, start, 2 * I, H, BK, tl.float32) * x[None, :]
+        ups += expert_tile(weight_ptr, scales_ptr, expert, 2 * i + 1, start, 2 * I, H, BK, tl.float32) * x[None, :]
     bias = bias_ptr + expert * 2 * I + 2 * i
     gate = tl.sum(gates, 1) * factor + tl.load(bias, mask=i < I, other=0.0).to(tl.float32)
     up = tl.sum(ups, 1) * factor + tl.load(bias + 1, mask=i < I, other=0.0).to(tl.float32)
@@ -137,8 +111,7 @@ def moe_down_kernel(h_ptr: tl.tensor, ids_ptr: tl.tensor, probs_ptr: tl.tensor, 
     t = tl.program_id(0) // parts
     n = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
     expert = tl.load(ids_ptr + t * TOP_K)
-    first = expert_tile(weights_of(weight_ptr, expert, scales_ptr, H, I), blocks_of(scales_ptr, expert, H, I), n, 0,
-                        H, I, BK, tl.float32)
+    first = expert_tile(weight_ptr, scales_ptr, expert, n, 0, H, I, BK, tl.float32)
     wait(PDL)
     k = tl.arange(0, BK)
     h = tl.load(h_ptr + t * TOP_K * I + k, mask=k < I, other=0.0).to(tl.float32)
@@ -148,12 +121,10 @@ def moe_down_kernel(h_ptr: tl.tensor, ids_ptr: tl.tensor, probs_ptr: tl.tensor, 
         pair = t * TOP_K + a
         expert = tl.load(ids_ptr + pair)
         prob = tl.load(probs_ptr + pair)
-        weight = weights_of(weight_ptr, expert, scales_ptr, H, I)
-        scales = blocks_of(scales_ptr, expert, H, I)
         for start in range(BK if a == 0 else 0, I, BK):
             k = start + tl.arange(0, BK)
             h = tl.load(h_ptr + pair * I + k, mask=k < I, other=0.0).to(tl.float32) * prob
-            acc += expert_tile(weight, scales, n, start, H, I, BK, tl.float32) * h[None, :]
+            acc += expert_tile(weight_ptr, scales_ptr, expert, n, start, H, I, BK, tl.float32) * h[None, :]
         y += tl.load(bias_ptr + expert * H + n, mask=n < H, other=0.0).to(tl.float32) * prob
     y += tl.sum(acc, 1)
     tl.store(out0_ptr + t * H + n, y.to(out0_ptr.dtype.element_ty), mask=n < H)
@@ -181,7 +152,7 @@ def gate_up_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Lau
 
 def down_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
     (tokens, top_k, inner), residual = tensor(operands, "h").shape, tensor(operands, "residual")
-    hidden, rows = residual.shape[1], 16
+    hidden, rows = residual.shape[1], 16 if isinstance(operands["scales"], TensorSpec) else 8
     constants = {"H": hidden, "I": inner, "TOP_K": top_k, "ROWS": rows, "BK": 256}
     pairs = tokens * top_k
     return (launch(moe_down_kernel, target, {**operands, "out0": residual}, constants, grid=tokens * cdiv(hidden, rows),

@@ -34,7 +34,7 @@ from gptoss_compile.kernels.common import (
 )
 from gptoss_compile.kernels.maths import experts_down, experts_up, ids_of_order, rms_norm
 from gptoss_compile.kernels.maths import swiglu as swiglu_twin
-from gptoss_compile.kernels.moe import blocks_of, expert_bytes, weights_of
+from gptoss_compile.kernels.moe import expert_bytes
 from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
 from gptoss_compile.target import Target
 
@@ -157,8 +157,6 @@ def moe_gate_up_grouped_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ord
     wait(PDL)
     expert, pair, exists = find_tile(count_ptr, order_ptr, tl.program_id(0) // parts, T, E, EP, BT)
     if expert < E:  # no early return: Triton's passes for Blackwell want structured control flow
-        weight = weights_of(weight_ptr, expert, scales_ptr, 2 * I, H)
-        scales = blocks_of(scales_ptr, expert, 2 * I, H)
         line = x_ptr + (pair // TOP_K)[:, None] * H
         acc = tl.zeros((BN, BT), tl.float32)
         squares = tl.zeros((BT,), tl.float32)
@@ -168,7 +166,7 @@ def moe_gate_up_grouped_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ord
             squares += tl.sum(x * x, 1)
             x *= tl.load(norm_weight_ptr + k, mask=k < H, other=0.0).to(tl.float32)[None, :]
             x = x.to(x_ptr.dtype.element_ty)
-            acc = tl.dot(expert_tile(weight, scales, n, start, 2 * I, H, BK, x.dtype), tl.trans(x), acc,
+            acc = tl.dot(expert_tile(weight_ptr, scales_ptr, expert, n, start, 2 * I, H, BK, x.dtype), tl.trans(x), acc,
                          input_precision="ieee")
         acc *= tl.rsqrt(squares / H + EPS)[None, :]
         h = activated(acc, bias_ptr + expert * 2 * I, n, 2 * I, ALPHA, LIMIT)
@@ -189,14 +187,12 @@ def moe_down_grouped_kernel(h_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: t
     wait(PDL)
     expert, pair, exists = find_tile(count_ptr, order_ptr, tl.program_id(0) // parts, T, E, EP, BT)
     if expert < E:  # no early return: Triton's passes for Blackwell want structured control flow
-        weight = weights_of(weight_ptr, expert, scales_ptr, H, I)
-        scales = blocks_of(scales_ptr, expert, H, I)
         line = h_ptr + pair[:, None] * I
         acc = tl.zeros((BN, BT), tl.float32)
         for start in range(0, I, BK):
             k = start + tl.arange(0, BK)
             h = tl.load(line + k[None, :], mask=exists[:, None] & (k < I)[None, :], other=0.0)
-            acc = tl.dot(expert_tile(weight, scales, n, start, H, I, BK, h.dtype), tl.trans(h), acc,
+            acc = tl.dot(expert_tile(weight_ptr, scales_ptr, expert, n, start, H, I, BK, h.dtype), tl.trans(h), acc,
                          input_precision="ieee")
         acc += tl.load(bias_ptr + expert * H + n, mask=n < H, other=0.0).to(tl.float32)[:, None]
         tl.store(out0_ptr + pair[None, :] * H + n[:, None], acc.to(out0_ptr.dtype.element_ty),
@@ -247,7 +243,7 @@ def _tiles(target: Target, operands: Mapping[str, Operand], features: int, token
 
 def _warps(constants: Mapping[str, int]) -> int:
     """More where the accumulator would fill four warps' registers."""
-    return 8 if constants["BN"] * constants["BT"] >= 128 * 64 else 4
+    return 8 if constants["BN"] * constants["BT"] >= 128 * 128 else 4
 
 
 def grouped_gate_up_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:

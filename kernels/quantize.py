@@ -27,7 +27,7 @@ from gptoss_compile.kernels.common import (
 )
 from gptoss_compile.kernels.maths import experts_up, ids_of_order, rms_norm
 from gptoss_compile.kernels.maths import swiglu as swiglu_twin
-from gptoss_compile.kernels.moe import blocks_of, expert_bytes, weights_of
+from gptoss_compile.kernels.moe import expert_bytes
 from gptoss_compile.kernels.moe_grouped import activated, find_tile, group_tile
 from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
 from gptoss_compile.target import Target
@@ -134,16 +134,15 @@ def moe_gate_up_grouped_mx_kernel(q_ptr: tl.tensor, qscales_ptr: tl.tensor, orde
     wait(PDL)
     expert, pair, exists = find_tile(count_ptr, order_ptr, tl.program_id(0) // parts, T, E, EP, BT)
     if expert < E:
-        weight = weights_of(weight_ptr, expert, scales_ptr, 2 * I, H) + n[:, None] * (H // 2)
-        scales = blocks_of(scales_ptr, expert, 2 * I, H) + n[:, None] * (H // 32)
+        row = expert.to(tl.int64) * (2 * I) + n[:, None]
         token = pair // TOP_K
         acc = tl.zeros((BN, BT), tl.float32)
         for start in range(0, HP, BK):
             k = start + tl.arange(0, BK)
             byte = start // 2 + tl.arange(0, BK // 2)
             block = start // 32 + tl.arange(0, BK // 32)
-            w = tl.load(weight + byte[None, :], mask=inside & (byte < H // 2)[None, :], other=0)
-            ws = tl.load(scales + block[None, :], mask=inside & (block < H // 32)[None, :], other=0)
+            w = tl.load(weight_ptr + row * (H // 2) + byte[None, :], mask=inside & (byte < H // 2)[None, :], other=0)
+            ws = tl.load(scales_ptr + row * (H // 32) + block[None, :], mask=inside & (block < H // 32)[None, :], other=0)
             x = tl.load(q_ptr + token[None, :] * HP + k[:, None], mask=exists[None, :], other=0)
             xs = tl.load(qscales_ptr + token[:, None] * (HP // 32) + block[None, :], mask=exists[:, None], other=0)
             if SCALED_MMA:
