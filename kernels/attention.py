@@ -64,7 +64,7 @@ def rope_kv(qkv: Tensor, cos_sin: Tensor, cache: Tensor, table: Tensor, sequence
     """
     heads, page, dim = cache.shape[2:]
     by_head = qkv.reshape(qkv.shape[0], -1, dim)
-    q, k, v = torch.split(by_head, (_query_heads(qkv, cache), heads, heads), 1)
+    q, k, v = torch.split(by_head, [_query_heads(qkv, cache), heads, heads], 1)
     pages, slots = cache_rows(table, sequences, positions, page)
     pages = torch.where(positions >= 0, pages, 0)
     rows = torch.stack((_rotate(k, cos_sin).to(cache.dtype), v.to(cache.dtype)), 1)  # [T, 2, K, D]
@@ -122,7 +122,8 @@ def rope_kv_attention(qkv: Tensor, cos_sin: Tensor, cache: Tensor, table: Tensor
 
 
 @jit
-def rotated(row: tl.tensor, cos_sin: tl.tensor, head: tl.tensor, inside: tl.tensor, D: tl.constexpr, DP: tl.constexpr) -> tl.tensor:
+def rotated(row: tl.tensor, cos_sin: tl.tensor, head: tl.tensor, inside: tl.tensor, D: tl.constexpr,
+            DP: tl.constexpr) -> tl.tensor:
     """fp32 [len(head), DP]: heads `head` of a token at `row`, rotated by the token's table at `cos_sin`."""
     d = tl.arange(0, DP)
     half: tl.constexpr = D // 2
@@ -136,18 +137,19 @@ def rotated(row: tl.tensor, cos_sin: tl.tensor, head: tl.tensor, inside: tl.tens
 
 
 @jit
-def page_row(table_ptr: tl.tensor, sequence: tl.tensor, position: tl.tensor, mask: tl.tensor, kv_head: tl.tensor, KV: tl.constexpr,
-             PAGE: tl.constexpr, P: tl.constexpr, D: tl.constexpr) -> tl.tensor:
+def page_row(table_ptr: tl.tensor, sequence: tl.tensor, position: tl.tensor, mask: tl.tensor,
+             kv_head: tl.tensor, KV: tl.constexpr, PAGE: tl.constexpr, P: tl.constexpr,
+             D: tl.constexpr) -> tl.tensor:
     """Offset in the cache, in elements, of the key at `position`; its value lies KV·PAGE·D behind."""
     page = tl.load(table_ptr + sequence * P + position // PAGE % P, mask=mask, other=0).to(tl.int64)
     return ((page * 2 * KV + kv_head) * PAGE + position % PAGE) * D
 
 
 @jit
-def rope_kv_kernel(qkv_ptr: tl.tensor, cos_sin_ptr: tl.tensor, cache_ptr: tl.tensor, table_ptr: tl.tensor, sequences_ptr: tl.tensor,
-                   positions_ptr: tl.tensor, out0_ptr: tl.tensor, Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
-                   PAGE: tl.constexpr, P: tl.constexpr, QP: tl.constexpr, KVP: tl.constexpr, DP: tl.constexpr,
-                   PDL: tl.constexpr) -> tl.tensor:
+def rope_kv_kernel(qkv_ptr: tl.tensor, cos_sin_ptr: tl.tensor, cache_ptr: tl.tensor, table_ptr: tl.tensor,
+                   sequences_ptr: tl.tensor, positions_ptr: tl.tensor, out0_ptr: tl.tensor, Q: tl.constexpr,
+                   KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, P: tl.constexpr, QP: tl.constexpr,
+                   KVP: tl.constexpr, DP: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program t: token t's queries rotated into out0, its rotated keys and plain values into the cache."""
     trigger(PDL)
     t = tl.program_id(0)
@@ -173,8 +175,9 @@ def rope_kv_kernel(qkv_ptr: tl.tensor, cos_sin_ptr: tl.tensor, cache_ptr: tl.ten
 
 
 @jit
-def absorb(m: tl.tensor, l: tl.tensor, acc: tl.tensor, q: tl.tensor, keys: tl.tensor, visible: tl.tensor, present: tl.tensor,
-           VALUES: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr) -> tl.tensor:
+def absorb(m: tl.tensor, l: tl.tensor, acc: tl.tensor, q: tl.tensor, keys: tl.tensor, visible: tl.tensor,
+           present: tl.tensor, VALUES: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr,
+           DP: tl.constexpr) -> tl.tensor:
     """One block of keys: (m, l, acc) -> the same with softmax(SCALE · q·k) · v of the visible keys taken in.
 
     m [M]: greatest score so far; l [M]: sum of 2^(score - m); acc [M, DP]: that sum over values. keys [BN]: pointers
@@ -204,11 +207,13 @@ def finished(m: tl.tensor, l: tl.tensor, acc: tl.tensor, sink: tl.tensor) -> tl.
 
 
 @jit
-def attention_decode_kernel(qkv_ptr: tl.tensor, cos_sin_ptr: tl.tensor, cache_ptr: tl.tensor, table_ptr: tl.tensor, sequences_ptr: tl.tensor,
-                  positions_ptr: tl.tensor, sinks_ptr: tl.tensor, out0_ptr: tl.tensor, scratch0_ptr: tl.tensor, scratch1_ptr: tl.tensor,
-                  scratch2_ptr: tl.tensor, SCALE: tl.constexpr, Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr,
-                  PAGE: tl.constexpr, P: tl.constexpr, REACH: tl.constexpr, SPLITS: tl.constexpr, GP: tl.constexpr,
-                  DP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
+def attention_decode_kernel(qkv_ptr: tl.tensor, cos_sin_ptr: tl.tensor, cache_ptr: tl.tensor,
+                            table_ptr: tl.tensor, sequences_ptr: tl.tensor, positions_ptr: tl.tensor,
+                            sinks_ptr: tl.tensor, out0_ptr: tl.tensor, scratch0_ptr: tl.tensor,
+                            scratch1_ptr: tl.tensor, scratch2_ptr: tl.tensor, SCALE: tl.constexpr,
+                            Q: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+                            P: tl.constexpr, REACH: tl.constexpr, SPLITS: tl.constexpr, GP: tl.constexpr,
+                            DP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program (token, kv head, split), split fastest: the head's G queries over the split's share of the keys.
 
     The token's own key and value are the start of split 0, which also stores them, so no program reads what another
@@ -279,11 +284,12 @@ def attention_decode_kernel(qkv_ptr: tl.tensor, cos_sin_ptr: tl.tensor, cache_pt
 
 
 @jit
-def attention_extend_kernel(q_ptr: tl.tensor, cache_ptr: tl.tensor, table_ptr: tl.tensor, sequences_ptr: tl.tensor, positions_ptr: tl.tensor,
-                  sinks_ptr: tl.tensor, out0_ptr: tl.tensor, SCALE: tl.constexpr, T: tl.constexpr, Q: tl.constexpr,
-                  KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, P: tl.constexpr, REACH: tl.constexpr,
-                  GP: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
-                  PDL: tl.constexpr) -> tl.tensor:
+def attention_extend_kernel(q_ptr: tl.tensor, cache_ptr: tl.tensor, table_ptr: tl.tensor,
+                            sequences_ptr: tl.tensor, positions_ptr: tl.tensor, sinks_ptr: tl.tensor,
+                            out0_ptr: tl.tensor, SCALE: tl.constexpr, T: tl.constexpr, Q: tl.constexpr,
+                            KV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, P: tl.constexpr,
+                            REACH: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr,
+                            BN: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program (tile, kv head), head fastest: BT tokens x G queries against the keys of every sequence in the tile.
 
     Row r is query r mod GP of token r // GP. Sequences are taken one by one; rows of others are masked.

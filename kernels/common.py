@@ -55,8 +55,9 @@ def mxfp4(packed: tl.tensor, scales: tl.tensor) -> tl.tensor:
 
 
 @jit
-def expert_tile(weight_ptr: tl.tensor, scales_ptr: tl.tensor, expert: tl.tensor, rows: tl.tensor, start: tl.tensor,
-                N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+def expert_tile(weight_ptr: tl.tensor, scales_ptr: tl.tensor, expert: tl.tensor, rows: tl.tensor,
+                start: tl.tensor, N: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+                DTYPE: tl.constexpr) -> tl.tensor:
     """Rows `rows`, columns start … start + BK of an expert's [N, K] weights: [len(rows), BK] in DTYPE, 0 outside.
 
     MXFP4 if there are scales.

@@ -21,8 +21,8 @@ def embed(tokens: Tensor, weight: Tensor) -> Tensor:
 
 
 @jit
-def embed_kernel(tokens_ptr: tl.tensor, weight_ptr: tl.tensor, out0_ptr: tl.tensor, H: tl.constexpr, BLOCK: tl.constexpr,
-                 PDL: tl.constexpr) -> tl.tensor:
+def embed_kernel(tokens_ptr: tl.tensor, weight_ptr: tl.tensor, out0_ptr: tl.tensor, H: tl.constexpr,
+                 BLOCK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program (t, j) copies columns j·BLOCK … of token t's row."""
     trigger(PDL)
     parts: tl.constexpr = (H + BLOCK - 1) // BLOCK

@@ -71,10 +71,11 @@ def moe_down(h: Tensor, ids: Tensor, probs: Tensor, weight: Tensor, scales: Tens
 
 
 @jit
-def moe_gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ids_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor,
-                   bias_ptr: tl.tensor, out0_ptr: tl.tensor, I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
-                   EPS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr,
-                   BK: tl.constexpr, HP: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
+def moe_gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ids_ptr: tl.tensor, weight_ptr: tl.tensor,
+                       scales_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor, I: tl.constexpr,
+                       H: tl.constexpr, TOP_K: tl.constexpr, EPS: tl.constexpr, ALPHA: tl.constexpr,
+                       LIMIT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr,
+                       PDL: tl.constexpr) -> tl.tensor:
     """Program (pair, part), part fastest: features part·ROWS … of one (token, expert) pair."""
     parts: tl.constexpr = (I + ROWS - 1) // ROWS
     pair = tl.program_id(0) // parts
@@ -102,9 +103,10 @@ def moe_gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ids_ptr: tl
 
 
 @jit
-def moe_down_kernel(h_ptr: tl.tensor, ids_ptr: tl.tensor, probs_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor, bias_ptr: tl.tensor,
-                residual_ptr: tl.tensor, out0_ptr: tl.tensor, H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr,
-                ROWS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
+def moe_down_kernel(h_ptr: tl.tensor, ids_ptr: tl.tensor, probs_ptr: tl.tensor, weight_ptr: tl.tensor,
+                    scales_ptr: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor, out0_ptr: tl.tensor,
+                    H: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr,
+                    PDL: tl.constexpr) -> tl.tensor:
     """Program (token, part), part fastest: features part·ROWS … of one token, over all its experts in order."""
     trigger(PDL)
     parts: tl.constexpr = (H + ROWS - 1) // ROWS

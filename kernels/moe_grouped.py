@@ -96,8 +96,8 @@ def moe_combine(y: Tensor, probs: Tensor, residual: Tensor) -> Tensor:
 
 
 @jit
-def moe_sort_kernel(ids_ptr: tl.tensor, out0_ptr: tl.tensor, out1_ptr: tl.tensor, T: tl.constexpr, TOP_K: tl.constexpr,
-                BLOCK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
+def moe_sort_kernel(ids_ptr: tl.tensor, out0_ptr: tl.tensor, out1_ptr: tl.tensor, T: tl.constexpr,
+                    TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program e lists the pairs of expert e."""
     trigger(PDL)
     e = tl.program_id(0)
@@ -116,8 +116,8 @@ def moe_sort_kernel(ids_ptr: tl.tensor, out0_ptr: tl.tensor, out1_ptr: tl.tensor
 
 
 @jit
-def find_tile(count_ptr: tl.tensor, order_ptr: tl.tensor, tile: tl.tensor, T: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-              BT: tl.constexpr) -> tl.tensor:
+def find_tile(count_ptr: tl.tensor, order_ptr: tl.tensor, tile: tl.tensor, T: tl.constexpr, E: tl.constexpr,
+              EP: tl.constexpr, BT: tl.constexpr) -> tl.tensor:
     """(expert, its pairs [BT], which of them exist) of a tile, tiles being counted expert by expert.
 
     Behind the last tile the expert is >= E.
@@ -144,11 +144,12 @@ def activated(acc: tl.tensor, bias_ptr: tl.tensor, n: tl.tensor, N: tl.constexpr
 
 
 @jit
-def moe_gate_up_grouped_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.tensor,
-                           weight_ptr: tl.tensor, scales_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor,
-                           T: tl.constexpr, E: tl.constexpr, I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr,
-                           EPS: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, EP: tl.constexpr,
-                           BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
+def moe_gate_up_grouped_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, order_ptr: tl.tensor,
+                               count_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor,
+                               bias_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr,
+                               I: tl.constexpr, H: tl.constexpr, TOP_K: tl.constexpr, EPS: tl.constexpr,
+                               ALPHA: tl.constexpr, LIMIT: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
+                               BT: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program (tile, part), part fastest: weight rows part·BN …, that is BN/2 features, of BT pairs of one expert."""
     trigger(PDL)
     parts: tl.constexpr = (2 * I + BN - 1) // BN
@@ -176,10 +177,11 @@ def moe_gate_up_grouped_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ord
 
 
 @jit
-def moe_down_grouped_kernel(h_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor,
-                        bias_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
-                        I: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-                        PDL: tl.constexpr) -> tl.tensor:
+def moe_down_grouped_kernel(h_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.tensor, weight_ptr: tl.tensor,
+                            scales_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr,
+                            E: tl.constexpr, H: tl.constexpr, I: tl.constexpr, EP: tl.constexpr,
+                            BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+                            PDL: tl.constexpr) -> tl.tensor:
     """Program (tile, part), part fastest: features part·BN … of BT pairs of one expert."""
     trigger(PDL)
     parts: tl.constexpr = (H + BN - 1) // BN
@@ -200,8 +202,9 @@ def moe_down_grouped_kernel(h_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: t
 
 
 @jit
-def moe_combine_kernel(y_ptr: tl.tensor, probs_ptr: tl.tensor, residual_ptr: tl.tensor, out0_ptr: tl.tensor, H: tl.constexpr,
-                   TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
+def moe_combine_kernel(y_ptr: tl.tensor, probs_ptr: tl.tensor, residual_ptr: tl.tensor, out0_ptr: tl.tensor,
+                       H: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+                       PDL: tl.constexpr) -> tl.tensor:
     """Program (t, j), j fastest: columns j·BLOCK … of token t."""
     trigger(PDL)
     parts: tl.constexpr = (H + BLOCK - 1) // BLOCK

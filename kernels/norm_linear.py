@@ -1,9 +1,9 @@
 """norm_linear, linear_residual, norm_head: dense projections with RMSNorm in front or a residual behind.
 
 Two kernels serve all three. `linear_few_kernel` holds its rows of the weights in registers before the wait and runs
-through the tokens; `linear_tiled_kernel` multiplies tiles on the tensor cores, weights as the left operand, so that a handful
-of tokens (the columns) still fills a matrix instruction. RMSNorm's factor is a property of the token, hence of the
-column: both kernels multiply by norm_weight on the way in, sum the squares beside the product, and scale at the end.
+through the tokens; `linear_tiled_kernel` multiplies tiles on the tensor cores, weights as the left operand, so that a
+handful of tokens (the columns) still fills a matrix instruction. RMSNorm's factor is a property of the token, hence of
+the column: both kernels multiply by norm_weight on the way in, sum the squares beside the product, scale at the end.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def normed(x: tl.tensor, norm_weight_ptr: tl.tensor, k: tl.tensor, K: tl.constex
 
 
 @jit
-def linear_few_kernel(x_ptr: tl.tensor, rows_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor,
-                      residual_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                      EPS: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-                      PDL: tl.constexpr) -> tl.tensor:
+def linear_few_kernel(x_ptr: tl.tensor, rows_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor,
+                      bias_ptr: tl.tensor, residual_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr,
+                      N: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
+                      HEAD: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program i: output columns i·ROWS … of all T tokens, out[t, n] = Σ_k W[n, k] x[t, k].
 
     K is cut into two blocks, HEAD (the largest power of two <= K) and TAIL (0 if there is no rest).
@@ -121,8 +121,8 @@ def linear_few_kernel(x_ptr: tl.tensor, rows_ptr: tl.tensor, norm_weight_ptr: tl
 
 
 @jit
-def multiply(acc: tl.tensor, squares: tl.tensor, w: tl.tensor, line: tl.tensor, start: tl.tensor, inside: tl.tensor, norm_weight_ptr: tl.tensor,
-             K: tl.constexpr, BK: tl.constexpr) -> tl.tensor:
+def multiply(acc: tl.tensor, squares: tl.tensor, w: tl.tensor, line: tl.tensor, start: tl.tensor,
+             inside: tl.tensor, norm_weight_ptr: tl.tensor, K: tl.constexpr, BK: tl.constexpr) -> tl.tensor:
     """One K step: (acc [BN, BT] + w [BN, BK] · xᵀ, squares [BT] + Σ x²) with x = the lines' columns from `start`."""
     k = start + tl.arange(0, BK)
     x = tl.load(line[:, None] + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
@@ -133,10 +133,11 @@ def multiply(acc: tl.tensor, squares: tl.tensor, w: tl.tensor, line: tl.tensor, 
 
 
 @jit
-def linear_tiled_kernel(x_ptr: tl.tensor, rows_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor,
-                 residual_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                 EPS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-                 PDL: tl.constexpr) -> tl.tensor:
+def linear_tiled_kernel(x_ptr: tl.tensor, rows_ptr: tl.tensor, norm_weight_ptr: tl.tensor,
+                        weight_ptr: tl.tensor, bias_ptr: tl.tensor, residual_ptr: tl.tensor,
+                        out0_ptr: tl.tensor, T: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+                        EPS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+                        PDL: tl.constexpr) -> tl.tensor:
     """Program (i, j), j fastest: BN output columns of BT tokens. The first tile of weights is loaded before the wait."""
     trigger(PDL)
     token_tiles: tl.constexpr = (T + BT - 1) // BT

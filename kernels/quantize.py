@@ -89,8 +89,9 @@ def moe_gate_up_grouped_mx(q: Tensor, qscales: Tensor, order: Tensor, count: Ten
 
 
 @jit
-def norm_quantize_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, out0_ptr: tl.tensor, out1_ptr: tl.tensor, H: tl.constexpr,
-                    HP: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
+def norm_quantize_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, out0_ptr: tl.tensor, out1_ptr: tl.tensor,
+                         H: tl.constexpr, HP: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
+                         PDL: tl.constexpr) -> tl.tensor:
     """Program t quantises token t. BLOCK >= HP, the padded row."""
     trigger(PDL)
     t = tl.program_id(0)
@@ -120,11 +121,13 @@ def mxfp8(values: tl.tensor, scales: tl.tensor) -> tl.tensor:
 
 
 @jit
-def moe_gate_up_grouped_mx_kernel(q_ptr: tl.tensor, qscales_ptr: tl.tensor, order_ptr: tl.tensor, count_ptr: tl.tensor, weight_ptr: tl.tensor,
-                      scales_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr,
-                      I: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, TOP_K: tl.constexpr, ALPHA: tl.constexpr,
-                      LIMIT: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-                      SCALED_MMA: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
+def moe_gate_up_grouped_mx_kernel(q_ptr: tl.tensor, qscales_ptr: tl.tensor, order_ptr: tl.tensor,
+                                  count_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor,
+                                  bias_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr,
+                                  I: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, TOP_K: tl.constexpr,
+                                  ALPHA: tl.constexpr, LIMIT: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
+                                  BT: tl.constexpr, BK: tl.constexpr, SCALED_MMA: tl.constexpr,
+                                  PDL: tl.constexpr) -> tl.tensor:
     """Program (tile, part), part fastest: weight rows part·BN …, that is BN/2 features, of BT pairs of one expert."""
     trigger(PDL)
     parts: tl.constexpr = (2 * I + BN - 1) // BN
@@ -181,8 +184,8 @@ def grouped_mx_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[
                  "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit"), "EP": pow2(experts),
                  "BN": wide, "BT": tile, "BK": K_MULTIPLE, "SCALED_MMA": True}
     promise = "UTCQMMA" if target.has("tcgen05") else "v_mfma_scale"
-    return (launch(moe_gate_up_grouped_mx_kernel, target, {**operands, "out0": out}, constants, grid=most * cdiv(2 * inner, wide),
-                   moved=q.bytes + out.bytes + expert_bytes(operands, pairs), flops=4 * pairs * inner * hidden,
+    return (launch(moe_gate_up_grouped_mx_kernel, target, {**operands, "out0": out}, constants,
+                   grid=most * cdiv(2 * inner, wide), moved=q.bytes + out.bytes + expert_bytes(operands, pairs), flops=4 * pairs * inner * hidden,
                    promises=(promise,), num_warps=8 if tile >= 64 else 4),)
 
 

@@ -54,8 +54,8 @@ def norm_route(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor, eps
 
 
 @jit
-def choose(logits_ptr: tl.tensor, probs_ptr: tl.tensor, ids_ptr: tl.tensor, t: tl.tensor, T: tl.constexpr, E: tl.constexpr,
-           EP: tl.constexpr, TOP_K: tl.constexpr, AP: tl.constexpr) -> tl.tensor:
+def choose(logits_ptr: tl.tensor, probs_ptr: tl.tensor, ids_ptr: tl.tensor, t: tl.tensor, T: tl.constexpr,
+           E: tl.constexpr, EP: tl.constexpr, TOP_K: tl.constexpr, AP: tl.constexpr) -> tl.tensor:
     """The best TOP_K experts of tokens t and the softmax over their logits, from logits [T, E] to probs and ids."""
     e = tl.arange(0, EP)
     a = tl.arange(0, AP)
@@ -74,11 +74,11 @@ def choose(logits_ptr: tl.tensor, probs_ptr: tl.tensor, ids_ptr: tl.tensor, t: t
 
 
 @jit
-def route_few_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor,
-                      out1_ptr: tl.tensor, scratch0_ptr: tl.tensor, scratch1_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr,
-                      H: tl.constexpr, EPS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-                      HEAD: tl.constexpr, TAIL: tl.constexpr, TP: tl.constexpr, EP: tl.constexpr, AP: tl.constexpr,
-                      PDL: tl.constexpr) -> tl.tensor:
+def route_few_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor,
+                     out0_ptr: tl.tensor, out1_ptr: tl.tensor, scratch0_ptr: tl.tensor, scratch1_ptr: tl.tensor,
+                     T: tl.constexpr, E: tl.constexpr, H: tl.constexpr, EPS: tl.constexpr, TOP_K: tl.constexpr,
+                     ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, TP: tl.constexpr,
+                     EP: tl.constexpr, AP: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program i: logits of experts i·ROWS … for all T tokens. H is cut into HEAD and TAIL as in norm_linear."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, HEAD)
@@ -107,10 +107,11 @@ def route_few_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: t
 
 
 @jit
-def route_tiled_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor,
-                 out1_ptr: tl.tensor, scratch0_ptr: tl.tensor, scratch1_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr,
-                 H: tl.constexpr, EPS: tl.constexpr, TOP_K: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
-                 BK: tl.constexpr, EP: tl.constexpr, AP: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
+def route_tiled_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor,
+                       out0_ptr: tl.tensor, out1_ptr: tl.tensor, scratch0_ptr: tl.tensor,
+                       scratch1_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr, H: tl.constexpr,
+                       EPS: tl.constexpr, TOP_K: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
+                       BK: tl.constexpr, EP: tl.constexpr, AP: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program (tile of tokens, block of experts), experts fastest: logits [BE, BT], then the choice by the last one.
 
     x · norm_weight goes into the product as the sum of two values of the weights' type, so that its rounding does not

@@ -37,7 +37,9 @@ Operand = TensorSpec | int | float | None
 class Pdl:
     """A kernel's programmatic-dependent-launch contract.
 
-    preloads: operands that do not depend on the previous kernel and are read before `griddepcontrol.wait`.
+    preloads: operands that do not depend on the previous kernel and are read before `griddepcontrol.wait`: weights,
+              inputs of the step, or what a kernel further back wrote. The last is sound only if every kernel launched
+              between that one and this triggers `after_wait`, so that this one's start proves that one's end.
     trigger:  when the kernel lets its dependents start: `early` (first thing) or `after_wait`.
     """
 
