@@ -3,7 +3,7 @@
     python bench/gpu_check.py CASE... [--replays 1000] [--verbose]
 
 A CASE is a folder with an `artifact` and what `python -m gptoss_compile.expected` wrote for it, `expected`; gpu_cases.py
-makes some. Needs neither PyTorch nor Triton. Prints tables, then one JSON line; exits with 1 if anything is not as it must be.
+makes some. Needs neither PyTorch nor Triton. Prints tables, then one JSON line; exits with 1 on a fault.
 """
 
 from __future__ import annotations
