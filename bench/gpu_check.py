@@ -3,7 +3,8 @@
     python bench/gpu_check.py CASE... [--replays 1000] [--verbose]
 
 A CASE is a folder with an `artifact` and what `python -m gptoss_compile.expected` wrote for it, `expected`; gpu_cases.py
-makes some. Needs neither PyTorch nor Triton. Prints tables, then one JSON line; exits with 1 on a fault.
+makes some. Needs neither PyTorch nor Triton. Prints tables, then one JSON line; exits with 1 on a fault, with 2
+if nothing can be run here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ def main() -> int:
     parser.add_argument("--replays", type=int, default=1000)
     parser.add_argument("--verbose", action="store_true", help="list every buffer")
     options = parser.parse_args()
-    results = [check(case, options.replays, options.verbose) for case in options.cases]
+    try:
+        results = [check(case, options.replays, options.verbose) for case in options.cases]
+    except (ValueError, OSError) as error:
+        print(f"gpu_check: error: {error}", file=sys.stderr)
+        return 2
     imported = sorted({"torch", "triton"} & set(sys.modules))
     good = all(result["good"] for result in results) and not imported
     print(json.dumps({"bench": "gpu_check", "good": good, "imported": imported, "cases": results}))

@@ -53,7 +53,8 @@ class Device:
     def __init__(self, api: Any, target: str) -> None:
         self.api = api
         self._handle = _first_device(api, target)
-        self.name = self.check(api.cuDeviceGetName(128, self._handle), "asking the GPU's name").split(b"\0")[0].decode()
+        name: bytes = self.check(api.cuDeviceGetName(128, self._handle), "asking the GPU's name")
+        self.name = name.split(b"\0")[0].decode()
         self._require_architecture(target)
         self._context = self.check(api.cuDevicePrimaryCtxRetain(self._handle), f"opening {self.name}")
         self._held: dict[int, tuple[int, str]] = {}
