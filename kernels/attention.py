@@ -357,10 +357,10 @@ def attention_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[L
     q, constants, reach = tensor(operands, "q"), _geometry(operands), _reach(operands)
     tokens, heads, dim = q.shape
     group = pow2(heads // constants["KV"])
-    tile = max(1, min(128 // group, pow2(tokens)))
-    tile = max(tile, 16 // group)
+    rows, block = (128, 64) if q.dtype == "bf16" else (32, 32)
+    tile = max(min(rows // group, pow2(tokens)), 16 // group, 1)
     constants |= {"SCALE": number(operands, "scale") * LOG2E.value, "T": tokens, "Q": heads, "REACH": reach, "GP": group,
-                  "BT": tile, "BN": 64}
+                  "BT": tile, "BN": block}
     keys = min(tokens, reach)
     out = TensorSpec((tokens, heads * dim), q.dtype)
     promises = mma(target, narrow=tile * group < 64) if q.dtype == "bf16" else ()

@@ -185,8 +185,8 @@ def grouped_mx_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[
                  "BN": wide, "BT": tile, "BK": K_MULTIPLE, "SCALED_MMA": True}
     promise = "UTCQMMA" if target.has("tcgen05") else "v_mfma_scale"
     return (launch(moe_gate_up_grouped_mx_kernel, target, {**operands, "out0": out}, constants,
-                   grid=most * cdiv(2 * inner, wide), moved=q.bytes + out.bytes + expert_bytes(operands, pairs), flops=4 * pairs * inner * hidden,
-                   promises=(promise,), num_warps=8 if tile >= 64 else 4),)
+                   grid=most * cdiv(2 * inner, wide), moved=q.bytes + out.bytes + expert_bytes(operands, pairs),
+                   flops=4 * pairs * inner * hidden, promises=(promise,), num_warps=8 if tile >= 64 else 4),)
 
 
 SPECS = (
