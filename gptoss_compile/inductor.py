@@ -4,7 +4,11 @@ by AOTInductor to one shared library a bucket."""
 from __future__ import annotations
 
 import operator
+import subprocess
+import tempfile
 import warnings
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +63,32 @@ def compile_graph(graph: fx.Graph, path: str) -> None:
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, about PyTorch's own
         program = torch.export.export(Decomposed(graph), tensors, dynamic_shapes=(dynamic,), strict=False)
         torch._inductor.aoti_compile_and_package(program, package_path=path)
+    _normalize(Path(path))
 
 
 def _pool_shapes(nodes: list[fx.Node]) -> list[torch.Size]:
     return list(dict.fromkeys(n.meta["val"].shape for n in nodes if _kind(n) == "cache"))
+
+
+def _normalize(package: Path) -> None:
+    """Keep of a package what loading needs, and make equal input give equal bytes: the generated C++ and the debug
+    sections name temporary directories, and each package has a random id."""
+    with zipfile.ZipFile(package) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(package, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(members):
+            data = members[name]
+            if name.endswith((".cpp", ".kernel_metadata.json")):
+                continue
+            if name.endswith(".so"):
+                data = _stripped(data)
+            if name.endswith("serialization_id"):
+                data = b"0" * len(data)
+            archive.writestr(zipfile.ZipInfo(name), data)
+
+
+def _stripped(library: bytes) -> bytes:
+    with tempfile.NamedTemporaryFile(suffix=".so") as file:
+        Path(file.name).write_bytes(library)
+        subprocess.run(["strip", "--strip-debug", "--strip-unneeded", file.name], check=True)
+        return Path(file.name).read_bytes()
