@@ -16,6 +16,7 @@ from gptoss_compile.build import Binary, nvidia_tool
 from gptoss_compile.kernels.spec import Launch
 from gptoss_compile.target import Target
 
+TOLERATED_SPILLS = 8  # instructions: ptxas sometimes parks a pointer outside the loops to fit one more block on an SM
 GLOBAL_LOAD = re.compile(r"\b(LDG|LDGSTS|UTMALDG|UBLKCP)\b")
 SPILL = re.compile(r"\b(STL|LDL)\b")
 WAIT = re.compile(r"\bACQBULK\b")
@@ -61,7 +62,7 @@ def check_sass(launch: Launch, text: str, *, pdl: bool) -> list[str]:
     found = []
     if pdl:
         found += _check_pdl(launch, text)
-    if spills := len(SPILL.findall(text)):
+    if (spills := len(SPILL.findall(text))) > TOLERATED_SPILLS:
         found.append(f"{spills} local memory instructions (STL, LDL): registers spill or an array lies in memory")
     return found + _check_promises(launch, text)
 

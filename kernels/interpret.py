@@ -79,11 +79,11 @@ def _prepare() -> None:
 
 def _run(kernel: str, target_name: str, operands: dict[str, Value]) -> tuple[Tensor, ...]:
     from gptoss_compile.dialect import OPS
-    from gptoss_compile.kernels.registry import SPECS
+    from gptoss_compile.kernels.registry import BESIDE, SPECS
     from gptoss_compile.kernels.spec import DType, Launch, TensorSpec
     from gptoss_compile.target import Target
 
-    spec = next(s for s in SPECS if s.name == kernel)
+    spec = next(s for s in (*SPECS, *BESIDE) if s.name == kernel)
     target = Target.parse(target_name)
     names: dict[torch.dtype, DType] = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32",
                                        torch.uint8: "u8"}

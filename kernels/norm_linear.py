@@ -185,7 +185,7 @@ def _linear(target: Target, operands: Mapping[str, Operand], out: TensorSpec) ->
         constants |= {"ROWS": rows, "HEAD": head, "TAIL": tail}
         return (launch(linear_few_kernel, target, all_operands, constants, grid=cdiv(features, rows),
                        preloads=("weight",), num_warps=8, moved=moved, flops=flops),)
-    tile = min(max(pow2(tokens), 16), 128)
+    tile = min(max(pow2(tokens), 16), 128 if weight.dtype == "bf16" else 32)
     token_tiles = cdiv(tokens, tile)
     wide = next((n for n in (128, 64) if features // n * token_tiles >= target.processors), 32)
     constants |= {"BN": wide, "BT": tile, "BK": 64 if weight.dtype == "bf16" else 32}

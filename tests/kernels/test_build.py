@@ -133,6 +133,7 @@ def test_every_kernel_compiles_and_keeps_its_contract(name: str, cache: Path) ->
     pairs = [(launch, binaries[key_of(launch.source, target)]) for launch in planned]
     assert check_all(pairs, target) == []
     for launch, binary in pairs:
+        assert binary.spilled == 0, f"{binary.symbol} {dict(launch.source.constexprs)} spills"
         assert binary.shared <= target.shared_bytes, f"{binary.symbol}: {binary.shared} bytes of shared memory"
         assert launch.grid[0] < 2**17, f"{binary.symbol}: {launch.grid[0]} blocks"
         assert binary.global_scratch_size == 0 and binary.profile_scratch_size == 0, binary.symbol

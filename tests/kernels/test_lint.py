@@ -29,7 +29,7 @@ def test_good_code_passes() -> None:
     (GOOD.replace(" PREEXIT ;", ""), "no PREEXIT"),
     (GOOD.replace(" LDG.E.128 R4, desc[UR4][R2.64] ;\n ACQBULK ;", " ACQBULK ;\n LDG.E.128 R4 ;"),
      "0 global loads before ACQBULK, but the contract preloads weight"),
-    (GOOD.replace(" EXIT ;", " STL [R1], R4 ;\n LDL R4, [R1] ;\n EXIT ;"), "2 local memory instructions"),
+    (GOOD.replace(" EXIT ;", " STL [R1], R4 ;\n LDL R4, [R1] ;\n" * 5), "10 local memory instructions"),
     (GOOD.replace("HGMMA", "HMMA"), "no HGMMA"),
     (GOOD.replace(" PREEXIT ;", "").replace("ACQBULK ;", "ACQBULK ;\n PREEXIT ;"), "PREEXIT behind ACQBULK"),
 ])
@@ -46,6 +46,10 @@ def test_late_trigger_must_be_late() -> None:
 def test_absent_operands_need_no_load() -> None:
     launch = replace(LAUNCH, pdl=Pdl(("weight", "scales")))
     assert check_sass(launch, GOOD, pdl=True) == []
+
+
+def test_a_parked_pointer_is_tolerated() -> None:
+    assert check_sass(LAUNCH, GOOD + " STL.64 [R1], R2 ;\n LDL.64 R2, [R1] ;\n", pdl=True) == []
 
 
 def test_without_pdl_no_wait_is_asked_for() -> None:
