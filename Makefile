@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint kernels clean
+.PHONY: demo test lint fuzz kernels clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m gptoss_compile.demo
@@ -18,6 +18,11 @@ test: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Requests made from /openapi.json against a real server.
+fuzz: $(VENV)/dev
+	$(BIN)/pip install --quiet schemathesis
+	$(BIN)/python tests/api/fuzz.py
 
 clean:
 	rm -rf $(VENV) .demo

@@ -17,7 +17,9 @@ import uvicorn
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.runtime.api.app import build_app
+from gptoss_compile.runtime.api.logs import configure
 from gptoss_compile.runtime.api.options import ServerOptions
+from gptoss_compile.runtime.api.protocol import HEAD_BYTES, LimitedProtocol
 from gptoss_compile.runtime.api.tokenizer import FILE, VOCABULARY, Tokenizer
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.executor import load_executor
@@ -91,7 +93,10 @@ def run(
     app = build_app(engine, tokenizer, options)
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        http=LimitedProtocol,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+        ws="websockets-sansio",
+        log_config=None,
         access_log=False,
         lifespan="off",
         timeout_keep_alive=65,
@@ -175,6 +180,7 @@ def _strings(value: str | Sequence[str] | None) -> tuple[str, ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command gptoss-serve. Exit code 2: could not start; 1: the engine died."""
     arguments = vars(_parser().parse_args(argv))
+    configure(arguments.pop("log_level"))
     try:
         serve(arguments.pop("artifact"), **arguments)
     except (ValueError, OSError, ImportError) as error:
@@ -226,6 +232,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ssl-certfile", metavar="FILE", help="serve HTTPS with this certificate")
     parser.add_argument("--ssl-keyfile", metavar="FILE", help="its private key, if that is in a file of its own")
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="what to log to stderr, as JSON lines; info has one for each request (default: %(default)s)",
+    )
     parser.add_argument("--system-date", metavar="YYYY-MM-DD", help="pin the date in prompts (default: today)")
     return parser
 

@@ -13,12 +13,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ExceptionHandler
 
-from gptoss_compile.runtime.api import operations, responses
+from gptoss_compile.runtime.api import openapi, operations, responses
 from gptoss_compile.runtime.api.chat import chat_completions
 from gptoss_compile.runtime.api.completions import completions
 from gptoss_compile.runtime.api.errors import ApiError, bad_request
 from gptoss_compile.runtime.api.generation import Context
 from gptoss_compile.runtime.api.http import KeyMiddleware
+from gptoss_compile.runtime.api.logs import RequestIdMiddleware, request_id
 from gptoss_compile.runtime.api.metrics import Metrics
 from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
@@ -36,8 +37,7 @@ def build_app(engine: Engine, tokenizer: Tokenizer | None, options: ServerOption
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/responses", responses.create, methods=["POST"]),
             Route("/v1/responses/input_tokens", responses.input_tokens, methods=["POST"]),
-            Route("/v1/responses/{response_id}", responses.retrieve, methods=["GET"]),
-            Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
+            Route("/v1/responses/{response_id}", _one_response, methods=["GET", "DELETE"]),
             Route("/v1/responses/{response_id}/cancel", responses.cancel, methods=["POST"]),
             Route("/v1/responses/{response_id}/input_items", responses.input_items, methods=["GET"]),
             Route("/v1/models", operations.models, methods=["GET"]),
@@ -48,6 +48,8 @@ def build_app(engine: Engine, tokenizer: Tokenizer | None, options: ServerOption
             Route("/tokenize", operations.tokenize, methods=["POST"]),
             Route("/detokenize", operations.detokenize, methods=["POST"]),
             Route("/tokenizer_info", operations.tokenizer_info, methods=["GET"]),
+            Route("/openapi.json", openapi.openapi, methods=["GET"]),
+            Route("/docs", openapi.docs, methods=["GET"]),
         ],
         middleware=_middleware(options),
         exception_handlers=_HANDLERS,
@@ -58,8 +60,8 @@ def build_app(engine: Engine, tokenizer: Tokenizer | None, options: ServerOption
 
 
 def _middleware(options: ServerOptions) -> list[Middleware]:
-    """CORS comes first: a browser's preflight request carries no key."""
-    layers = []
+    """CORS comes before the keys: a browser's preflight request carries none."""
+    layers = [Middleware(RequestIdMiddleware)]
     if options.allowed_origins:
         layers.append(
             Middleware(CORSMiddleware, allow_origins=options.allowed_origins, allow_methods=["*"], allow_headers=["*"])
@@ -67,6 +69,11 @@ def _middleware(options: ServerOptions) -> list[Middleware]:
     if options.api_keys:
         layers.append(Middleware(KeyMiddleware, keys=options.api_keys))
     return layers
+
+
+async def _one_response(request: Request) -> Response:
+    """One route for both, so that a 405 names both in Allow."""
+    return await (responses.delete if request.method == "DELETE" else responses.retrieve)(request)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
@@ -96,9 +103,11 @@ async def _disconnected(request: Request, error: Exception) -> Response:
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
+    """The one answer that starlette gives outside of all middleware."""
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    headers = {"Retry-After": "5", "x-request-id": request_id() or ""}
     return ApiError(
-        500, "The server failed to answer this request.", code="internal_error", headers={"Retry-After": "5"}
+        500, "The server failed to answer this request.", code="internal_error", headers=headers
     ).response()
 
 

@@ -115,6 +115,12 @@ class PromptBody(Body):
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
 
 
+class CompactBody(PromptBody):
+    """Null and absent are not the same here: without a model there is no answer."""
+
+    model: str
+
+
 class ResponseBody(PromptBody):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)  # extra: to refuse UNSUPPORTED by name
 
