@@ -21,8 +21,9 @@ from gptoss_compile.artifact import Artifact, ArtifactWriter, canonical_json
 from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.ir import Dumper, print_graph
+from gptoss_compile.kernels.spec import Launch
 from gptoss_compile.launch_plan import LaunchPlan, Weight
-from gptoss_compile.pack import add_weights
+from gptoss_compile.pack import add_weights, check_mode
 from gptoss_compile.passes.base import Context
 from gptoss_compile.passes.select_kernels import calls
 from gptoss_compile.paths import atomic_directory, cache_dir
@@ -103,6 +104,11 @@ def compile_checkpoint(checkpoint: Checkpoint, folder: Path | None, request: Req
             writer.write(f"ir/{each.plan.bucket}.py", each.ir.encode())
         for name, data in sorted({name: data for each in compiled for name, data in each.files}.items()):
             writer.write(f"kernels/{name}", data)
+        if request.target.is_gpu and request.weights.startswith("random:"):
+            from gptoss_compile.beside import random_weights_files
+
+            for name, data in random_weights_files(request.target):
+                writer.write(name, data)
         tokenizer, note = o200k_base(folder, config.vocab_size)
         if tokenizer is not None:
             writer.write("tokenizer/o200k_base.tiktoken", tokenizer)
@@ -122,6 +128,7 @@ class Job:
     def __init__(self, config: ModelConfig, request: Request) -> None:
         if request.ranks != 1:
             raise CompileError(f"--tp {request.ranks}: sharding over several GPUs is not supported yet; compile with --tp 1")
+        check_mode(request.weights)
         target = request.target
         self.config, self.request = config, request
         self.dtype = DTYPES[request.dtype or ("bf16" if target.is_gpu else "fp32")]
@@ -171,12 +178,20 @@ def generate(graph: fx.Graph, ctx: Context) -> tuple[LaunchPlan, list[tuple[str,
             path = Path(folder) / f"{ctx.bucket.name}.pt2"
             compile_graph(graph, str(path))
             return make_plan(graph, ctx), [(path.name, path.read_bytes())]
+    from gptoss_compile.beside import advance_launch, with_advance
     from gptoss_compile.build import build_all, key_of
 
     launches = [launch for node in calls(graph) for launch in
                 node.meta["kernel"].instantiate(ctx.target, tensor_operands(node_operands(node)))]
-    binaries = build_all([launch.source for launch in launches], ctx.target)
-    plan = make_plan(graph, ctx, binary_of=lambda launch: binaries[key_of(launch.source, ctx.target)].stem)
+    advance = advance_launch(ctx) if ctx.bucket.kind == "decode" else None
+    binaries = build_all([launch.source for launch in (*launches, *filter(None, (advance,)))], ctx.target)
+
+    def stem(launch: Launch) -> str:
+        return binaries[key_of(launch.source, ctx.target)].stem
+
+    plan = make_plan(graph, ctx, binary_of=stem)
+    if advance is not None:
+        plan = with_advance(plan, advance, stem(advance), ctx.target)
     files = [file for b in binaries.values() for file in (
         (f"{b.stem}.{b.suffix}", b.code), (f"{b.stem}.json", canonical_json(b.metadata())))]
     return plan, files

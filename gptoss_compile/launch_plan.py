@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 ITEM_BYTES = {"bf16": 2, "fp32": 4, "i32": 4, "u8": 1}
+RANDOM_WEIGHTS = "plans/random_weights.json"  # in artifacts with random weights for a GPU: the launch that makes them
 ALIGNMENT = 256  # bytes; every buffer of the arena starts at a multiple
 
 
@@ -96,7 +97,10 @@ class Step:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """One bucket's step for one rank. caches: one a layer; weights: in the order of the traced graph's placeholders."""
+    """One bucket's step for one rank. caches: one a layer; weights: in the order of the traced graph's placeholders.
+
+    advance: of decode buckets, the greedy end that may follow the steps: it turns the inputs into those of the next token.
+    """
 
     bucket: str
     target: str
@@ -110,6 +114,7 @@ class LaunchPlan:
     weights: tuple[Weight, ...]
     steps: tuple[Step, ...]
     logits: Operand
+    advance: Step | None = None
 
     def dumps(self) -> str:
         """Indented JSON with one step's parts to a line, the same bytes for equal plans."""
@@ -121,7 +126,8 @@ class LaunchPlan:
         return cls(
             data["bucket"], data["target"], data["dtype"], data["rank"], data["ranks"], data["arena_bytes"],
             data["workspace_bytes"], tuple(map(_operand, data["inputs"])), tuple(map(_operand, data["caches"])),
-            tuple(map(Weight.from_json, data["weights"])), tuple(map(_step, data["steps"])), _operand(data["logits"]))
+            tuple(map(Weight.from_json, data["weights"])), tuple(map(_step, data["steps"])), _operand(data["logits"]),
+            _step(data["advance"]) if data["advance"] else None)
 
 
 def _encode(plan: LaunchPlan) -> dict[str, Any]:

@@ -23,11 +23,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+BYTES, BF16, FP32 = range(3)  # how a device makes values of words
 _WORDS = 1 << 16  # at a time, so that intermediate results stay in the processor's cache
 
 
@@ -54,6 +56,38 @@ def random_values(name: str, shape: Sequence[int], dtype: Literal["bf16", "fp32"
     return widen_bf16(values) if dtype == "fp32" else values
 
 
+@dataclass(frozen=True)
+class DeviceParameters:
+    """What a device needs to make a whole tensor: the generator's keys, how many of its words, and their meaning.
+
+    mode BYTES: each byte of a word is (byte & a's) + b's; else each half is (half + a) · b, with b the bits of an fp32.
+    """
+
+    key0: int
+    key1: int
+    counters: int
+    mode: int
+    a: int
+    b: int
+
+    def row(self, first: int) -> Array:
+        """i32 [8], the kernel's `parameters`; first: of the words of 32 bits that are written."""
+        values = (self.key0, self.key1, self.counters, first, self.mode, self.a, self.b, 0)
+        return np.array(values, np.int64).astype(np.uint32).view(np.int32)
+
+
+def device_parameters(name: str, shape: Sequence[int], dtype: Literal["bf16", "fp32", "u8"], seed: int) -> DeviceParameters:
+    """How a device makes `random_values(name, shape, dtype, seed)`; see `kernels/generate.py`."""
+    key0, key1 = (int(k) for k in _key(name, seed))
+    count = math.prod(shape)
+    if dtype == "u8":
+        mask, lowest = (255, 0) if name.endswith(".blocks") else (3, _lowest_scale(shape))
+        return DeviceParameters(key0, key1, -(-count // 4), BYTES, mask * 0x01010101, lowest * 0x01010101)
+    offset, scale = _distribution(name, shape)
+    bits = int(np.float32(scale).view(np.uint32))
+    return DeviceParameters(key0, key1, -(-count // 2), BF16 if dtype == "bf16" else FP32, offset, bits)
+
+
 def round_bf16(values: Array) -> Array:
     """The bits (uint16) of finite fp32 values rounded to bf16, to nearest even."""
     bits = values.view(np.uint32)
@@ -67,8 +101,12 @@ def widen_bf16(bits: Array) -> Array:
     return wide
 
 
+def _key(name: str, seed: int) -> Array:
+    return np.frombuffer(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "<u4")
+
+
 def _words(name: str, seed: int, first: int, count: int) -> Array:
-    key = np.frombuffer(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "<u4")
+    key = _key(name, seed)
     words = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32)
     words ^= key[0]
     _mix(words)
@@ -89,9 +127,12 @@ def _bytes(name: str, shape: Sequence[int], raw: Array) -> Array:
     if name.endswith(".blocks"):
         return raw
     assert name.endswith(".scales"), name
-    lowest = 126 - round(math.log2(2.93 * math.sqrt(32 * shape[-1])))
-    values: Array = (raw & 3) + np.uint8(lowest)
+    values: Array = (raw & 3) + np.uint8(_lowest_scale(shape))
     return values
+
+
+def _lowest_scale(shape: Sequence[int]) -> int:
+    return 126 - round(math.log2(2.93 * math.sqrt(32 * shape[-1])))
 
 
 def _floats(name: str, shape: Sequence[int], halves: Array) -> Array:

@@ -6,11 +6,14 @@ cuda.bindings is imported when a device is opened, so importing this needs neith
 from __future__ import annotations
 
 import ctypes
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from gptoss_compile.artifact import Artifact
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -113,6 +116,11 @@ class Device:
         self._pinned.append(address)
         return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
 
+    def release(self, address: int) -> None:
+        """Give device memory back."""
+        del self._held[address]
+        self.check(self.api.cuMemFree(address), "freeing memory")
+
     def release_pinned(self, array: Bytes) -> None:
         address = array.ctypes.data
         self._pinned.remove(address)
@@ -174,6 +182,14 @@ class Device:
             raise CudaError(f"this artifact was compiled for {target}, but the GPU here, {self.name}, is "
                             f"sm{major}{minor}: compile with --target sm{major}{minor}, or choose another GPU with "
                             "CUDA_VISIBLE_DEVICES")
+
+
+def load_kernel(artifact: Artifact, device: Device, name: str) -> Kernel:
+    """A kernel of an artifact. Raises CudaError if it was compiled for another target than the artifact says."""
+    meta = json.loads(artifact.file(f"kernels/{name}.json").read_bytes())
+    if meta["target"] != artifact.target:
+        raise CudaError(f"kernel {name} was compiled for {meta['target']}, the artifact for {artifact.target}")
+    return device.load_kernel(name, artifact.file(f"kernels/{name}.cubin").read_bytes(), meta)
 
 
 def _first_device(api: Any, target: str) -> Any:

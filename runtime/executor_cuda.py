@@ -1,15 +1,16 @@
 """The sm targets: replays an artifact's plans as CUDA graphs, through cuda.bindings and numpy alone.
 
 Everything has its place before the first step: one arena (of the largest plan), one zeroed workspace, weights, caches,
-and inputs a bucket. So a step is one copy of its inputs, one graph launch and one copy of its logits.
+and inputs a bucket. So a step is one copy of its inputs, one graph launch and one copy of its logits. A greedy decode
+needs neither copy: its graph ends with a kernel that writes the next token where the step reads its own.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ import numpy as np
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
 from gptoss_compile.launch_plan import ALIGNMENT, LaunchPlan, Operand, Step
-from gptoss_compile.runtime.cuda_driver import Bytes, CudaError, Device, Kernel
+from gptoss_compile.runtime.cuda_driver import Bytes, Device, load_kernel
 from gptoss_compile.runtime.executor import Floats, Ints
+from gptoss_compile.runtime.generate import generate_weights
 from gptoss_compile.runtime.graphs import Graph, Launch, prepare
 from gptoss_compile.runtime.pools import pool_sizes
 from gptoss_compile.runtime.staging import Progress, upload_weights
+from gptoss_compile.weights import constant
 
 Array = np.ndarray[Any, Any]
 Watch = Callable[[int, Step], None]
@@ -44,23 +47,28 @@ class CudaExecutor:
         self.page_size, self.max_context = artifact.page_size, artifact.max_context
         self.window_ring = artifact.window_ring
         self._device = device
+        self.seconds: dict[str, float] = {}
         self.plans = {b: LaunchPlan.loads(artifact.file(f"plans/{b.name}.json").read_text()) for b in self.buckets}
         plans = self.plans.values()
-        self._arena = device.allocate(max(p.arena_bytes for p in plans), "intermediate results")
-        self._workspace = device.allocate(max(p.workspace_bytes for p in plans), "kernels' counters")
         self._places: dict[str, int] = {}
-        self._allocate_weights()
-        self._inputs = {b: _InputBuffer(device, plan) for b, plan in self.plans.items()}
-        self._allocate_caches(num_pages, max_num_seqs)
-        self._host_logits = device.allocate_pinned(max(p.logits.bytes for p in plans), "logits")
-        kernels = _load_kernels(artifact, device, plans)
-        self._launches: dict[Bucket, list[list[Launch]]] = {
-            b: prepare(device, plan, kernels, lambda operand, b=b: self._address(b, operand))  # type: ignore[misc]
-            for b, plan in self.plans.items()}
-        dtypes = {w.name: w.dtype for plan in plans for w in plan.weights}
-        upload_weights(device, artifact.open_weights(), self._places, dtypes, self._weight_bytes, progress)
-        self.graphs = {b: Graph(device, b.name, [launch for step in steps for launch in step])
-                       for b, steps in self._launches.items()}
+        with self._phase("memory"):
+            self._arena = device.allocate(max(p.arena_bytes for p in plans), "intermediate results")
+            self._workspace = device.allocate(max(p.workspace_bytes for p in plans), "kernels' counters")
+            self._allocate_weights()
+            self._inputs = {b: _InputBuffer(device, plan) for b, plan in self.plans.items()}
+            self._allocate_caches(num_pages, max_num_seqs)
+            self._host_logits = device.allocate_pinned(max(p.logits.bytes for p in plans), "logits")
+        with self._phase("kernels"):
+            self._kernels = {name: load_kernel(artifact, device, name) for name in _binaries(plans)}
+        self._launches = {b: self.prepare(b, plan.steps) for b, plan in self.plans.items()}
+        self._advance = {b: self.prepare(b, [plan.advance]) for b, plan in self.plans.items() if plan.advance}
+        with self._phase("weights"):
+            self._load_weights(artifact, progress)
+        self.graphs: dict[Bucket, Graph] = {}
+        self._loops: dict[Bucket, Graph] = {}
+        for bucket, steps in self._launches.items():
+            with self._phase(f"capture {bucket}"):
+                self.graphs[bucket] = self.capture(bucket.name, steps)
         device.synchronize("loading the artifact")
 
     @classmethod
@@ -79,15 +87,50 @@ class CudaExecutor:
 
     def run(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> Floats:
         """The step's logits [R, V] fp32, valid until the next call; keys and values go to the caches."""
-        device, logits = self._device, self.plans[bucket].logits
-        device.use()
-        self._inputs[bucket].upload(inputs)
+        self.submit(bucket, inputs)
+        return self.result(bucket)
+
+    def submit(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> None:
+        """Start a step; `inputs` may be overwritten as soon as this returns, but not submitted again before `result`."""
+        self._device.use()
+        self.upload(bucket, inputs)
         self.graphs[bucket].replay()
-        host = self._host_logits[: logits.bytes]
-        device.download(host, self._arena + int(logits.key), device.stream)
-        device.synchronize(f"running {bucket.name}")
-        result: Floats = host.view(np.float32).reshape(logits.shape)
+        logits = self.plans[bucket].logits
+        self._device.download(self._host_logits[: logits.bytes], self._arena + int(logits.key), self._device.stream)
+
+    def result(self, bucket: Bucket) -> Floats:
+        """Wait for the step that was submitted: its logits, valid until the next one."""
+        self._device.synchronize(f"running {bucket.name}")
+        logits = self.plans[bucket].logits
+        result: Floats = self._host_logits[: logits.bytes].view(np.float32).reshape(logits.shape)
         return result
+
+    def upload(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> None:
+        """Put the inputs of a step in their places, in the stream's order."""
+        self._inputs[bucket].upload(inputs)
+
+    def greedy(self, bucket: Bucket) -> Graph:
+        """A decode bucket's step with `advance` behind it: every replay decodes one more token of each sequence.
+
+        It reads the inputs that were uploaded last and leaves the next step's in their place: the likeliest token, and
+        positions + 1. Whoever replays it sees to it that the page tables reach so far.
+        """
+        if bucket not in self._loops:
+            self._device.use()
+            steps = [*self._launches[bucket], *self._advance[bucket]]
+            self._loops[bucket] = self.capture(f"{bucket} with advance", steps)
+        return self._loops[bucket]
+
+    def prepare(self, bucket: Bucket, steps: Sequence[Step]) -> list[list[Launch]]:
+        """The launches of steps of a bucket's plan."""
+        return prepare(self._device, bucket.name, steps, self._kernels, lambda operand: self.address(bucket, operand))
+
+    def capture(self, name: str, steps: Iterable[Iterable[Launch]]) -> Graph:
+        return Graph(self._device, name, [launch for step in steps for launch in step])
+
+    @property
+    def device(self) -> Device:
+        return self._device
 
     @property
     def device_name(self) -> str:
@@ -96,7 +139,7 @@ class CudaExecutor:
     def close(self) -> None:
         if self.graphs:
             self._device.use()
-            for graph in self.graphs.values():
+            for graph in (*self.graphs.values(), *self._loops.values()):
                 graph.close()
             self.graphs.clear()
             self._device.close()
@@ -132,7 +175,7 @@ class CudaExecutor:
         self._device.use()
         operand = self._true_shape(operand)
         with self._pinned(operand.bytes) as raw:
-            self._device.download(raw, self._address(bucket, operand), self._device.stream)
+            self._device.download(raw, self.address(bucket, operand), self._device.stream)
             self._device.synchronize(f"reading {operand.key}")
             return raw.view(NUMPY[operand.dtype]).reshape(operand.shape).copy()
 
@@ -143,7 +186,7 @@ class CudaExecutor:
         assert (values.shape, values.dtype) == (operand.shape, NUMPY[operand.dtype]), (operand, values.shape)
         with self._pinned(operand.bytes) as raw:
             raw[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-            self._device.upload(self._address(bucket, operand), raw, self._device.stream)
+            self._device.upload(self.address(bucket, operand), raw, self._device.stream)
             self._device.synchronize(f"writing {operand.key}")
 
     def workspace(self) -> Bytes:
@@ -158,6 +201,14 @@ class CudaExecutor:
         return replace(operand, shape=(self.num_window_pages if windowed else self.num_pages, *operand.shape[1:]))
 
     @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """Notes the seconds that a part of loading takes, the device's work included."""
+        start = perf_counter()
+        yield
+        self._device.synchronize(name)
+        self.seconds[name] = perf_counter() - start
+
+    @contextmanager
     def _pinned(self, size: int) -> Iterator[Bytes]:
         raw = self._device.allocate_pinned(size, "a check")
         try:
@@ -167,7 +218,8 @@ class CudaExecutor:
 
     # Places -------------------------------------------------------------------------------------------------
 
-    def _address(self, bucket: Bucket, operand: Operand) -> int:
+    def address(self, bucket: Bucket, operand: Operand) -> int:
+        """Where an operand of the bucket's plan lives on the device."""
         if operand.place == "arena":
             return self._arena + int(operand.key)
         if operand.place == "workspace":
@@ -184,6 +236,21 @@ class CudaExecutor:
         for name, size in sizes.items():
             self._places[name] = at
             at += _align(size)
+
+    def _load_weights(self, artifact: Artifact, progress: Progress | None) -> None:
+        """Random weights are generated here; stored ones, and constants, are copied."""
+        plans, total = self.plans.values(), self._weight_bytes
+        dtypes = {w.name: w.dtype for plan in plans for w in plan.weights}
+        missing = dtypes.keys() - {recipe["name"] for recipe in artifact.recipes()}
+        assert not missing, f"the artifact has no weights {sorted(missing)}"
+        if artifact.weights.startswith("random:"):
+            generate_weights(artifact, self._device, self._places, dtypes)
+            constants = ((r["name"], constant(r)) for r in artifact.recipes() if "values" in r)
+            upload_weights(self._device, constants, self._places, dtypes, total)
+            if progress:
+                progress(total, total)
+        else:
+            upload_weights(self._device, artifact.open_weights(), self._places, dtypes, total, progress)
 
     def _allocate_caches(self, num_pages: int | None, max_num_seqs: int) -> None:
         caches = self.plans[self.buckets[0]].caches
@@ -222,13 +289,7 @@ class _InputBuffer:
         self._device.upload(self._address, self._host, self._device.stream)
 
 
-def _load_kernels(artifact: Artifact, device: Device, plans: Any) -> dict[str, Kernel]:
-    """Each of the plans' binaries, loaded once."""
-    names = sorted({launch.binary for plan in plans for step in plan.steps for launch in step.launches})
-    kernels = {}
-    for name in names:
-        meta = json.loads(artifact.file(f"kernels/{name}.json").read_bytes())
-        if meta["target"] != artifact.target:
-            raise CudaError(f"kernel {name} was compiled for {meta['target']}, the artifact for {artifact.target}")
-        kernels[name] = device.load_kernel(name, artifact.file(f"kernels/{name}.cubin").read_bytes(), meta)
-    return kernels
+def _binaries(plans: Iterable[LaunchPlan]) -> list[str]:
+    """The names of all that the plans launch."""
+    steps = [step for plan in plans for step in (*plan.steps, *filter(None, (plan.advance,)))]
+    return sorted({launch.binary for step in steps for launch in step.launches})

@@ -7,11 +7,11 @@ programmatic edges: such a kernel starts before its predecessor ends, and waits 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptoss_compile.launch_plan import KernelLaunch, LaunchPlan, Operand, Step
+from gptoss_compile.launch_plan import KernelLaunch, Operand, Step
 from gptoss_compile.runtime.cuda_driver import CudaError, Device, Kernel
 
 _PROGRAMMATIC = (1, 1)  # (type, from_port) of an edge to a kernel that waits inside
@@ -37,14 +37,14 @@ class Launch:
                      f"launching {self.label}")
 
 
-def prepare(device: Device, plan: LaunchPlan, kernels: dict[str, Kernel],
+def prepare(device: Device, bucket: str, steps: Sequence[Step], kernels: Mapping[str, Kernel],
             address_of: Callable[[Operand], int]) -> list[list[Launch]]:
     """The launches of each step."""
     prepared = []
-    for number, step in enumerate(plan.steps):
-        label = f"{plan.bucket} step {number} ({step.op}, kernel {{}})"
-        prepared.append([_launch(device, label.format(launch.binary), launch, kernels[launch.binary],
-                                 [address_of(_operand(step, launch, name)) for name in launch.args])
+    for number, step in enumerate(steps):
+        label = f"{bucket} step {number} ({step.op}, kernel {{}})"
+        prepared.append([make_launch(device, label.format(launch.binary), launch, kernels[launch.binary],
+                                     [address_of(_operand(step, launch, name)) for name in launch.args])
                          for launch in step.launches])
     return prepared
 
@@ -57,7 +57,7 @@ def _operand(step: Step, launch: KernelLaunch, name: str) -> Operand:
     return value
 
 
-def _launch(device: Device, label: str, launch: KernelLaunch, kernel: Kernel, pointers: Sequence[int]) -> Launch:
+def make_launch(device: Device, label: str, launch: KernelLaunch, kernel: Kernel, pointers: Sequence[int]) -> Launch:
     """Parameters of a Triton kernel: its pointers, then two scratch pointers, here null."""
     values = (ctypes.c_uint64 * (len(pointers) + 2))(*pointers, 0, 0)
     start = ctypes.addressof(values)

@@ -19,6 +19,7 @@ from cuda.bindings import driver as real
 from gptoss_compile.dialect import OPS
 from gptoss_compile.kernels import registry  # noqa: F401
 from gptoss_compile.launch_plan import KernelLaunch, LaunchPlan, Operand, Step
+from gptoss_compile.random_weights import FP32
 from gptoss_compile.trace import DTYPES
 
 OK = real.CUresult.CUDA_SUCCESS
@@ -186,6 +187,8 @@ class FakeDriver:
             self._execute(launch)
 
     def _execute(self, captured: Captured) -> None:
+        if captured.function.startswith("random_weights"):
+            return self._generate(captured)
         step, launch = next(self.todo)
         assert captured.function == launch.binary
         c = captured.config
@@ -202,6 +205,16 @@ class FakeDriver:
         for i, (operand, result) in enumerate(zip(step.outputs, results, strict=True)):
             name = OPS[step.op].updates.get(i, f"out{i}")
             self._tensor(operand, at[name]).copy_(result)
+
+    def _generate(self, captured: Captured) -> None:
+        """random_weights, which no plan announces: (parameters, out) and the two scratch pointers."""
+        table = (ctypes.POINTER(ctypes.c_uint64) * 4).from_address(captured.parameters)
+        row, out, *scratch = [pointer.contents.value for pointer in table]
+        assert scratch == [0, 0] and out % 256 == 0
+        parameters = self._tensor(Operand("input", "parameters", "i32", (8,)), row)
+        _, _, counters, first, mode, *_ = parameters.tolist()
+        target = self._tensor(Operand("weight", "out", "i32", (first + counters * (1 + (mode == FP32)),)), out)
+        target.copy_(OPS["random_weights"].reference(parameters, target))
 
     def _tensor(self, operand: Operand, address: int) -> torch.Tensor:
         shape = self.shapes.get(str(operand.key), operand.shape)

@@ -103,6 +103,37 @@ def test_a_step_is_three_driver_calls_and_a_wait(executor: CudaExecutor, driver:
     assert logits.shape == (3, CONFIG.vocab_size) and logits.dtype == np.float32
 
 
+def test_greedy_decoding_keeps_the_token_on_the_device(executor: CudaExecutor, driver: FakeDriver,
+                                                       artifact: Artifact) -> None:
+    expected = expected_step(artifact, DECODE, tensors_of(artifact), 7)
+    inputs = {name.removeprefix("input."): a.copy() for name, a in expected.items() if name.startswith("input.")}
+    used, steps = inputs["positions"] >= 0, 4
+    inputs["positions"][used] = 20 + np.arange(used.sum())
+    inputs["full_table"][used] = 1 + np.arange(used.sum() * inputs["full_table"].shape[1]).reshape(used.sum(), -1)
+    inputs["window_table"][used] = inputs["full_table"][used, : inputs["window_table"].shape[1]]
+    expect(driver, executor, DECODE, steps)
+    now, wanted = {name: a.copy() for name, a in inputs.items()}, []
+    for _ in range(steps):
+        wanted.append(executor.run(DECODE, now).argmax(-1))
+        now["tokens"][used] = wanted[-1][used]
+        now["positions"] += used
+    places = {str(operand.key): operand for operand in executor.plans[DECODE].inputs}
+    loop = executor.greedy(DECODE)
+    assert loop is executor.greedy(DECODE) and loop.programmatic == executor.graphs[DECODE].programmatic + 1
+    executor.upload(DECODE, inputs)
+    plan = executor.plans[DECODE]
+    assert plan.advance is not None
+    driver.todo = iter([(s, x) for s in (*plan.steps, plan.advance) for x in s.launches] * steps)
+    driver.calls.clear()
+    for tokens in wanted:
+        loop.replay()
+        assert driver.calls == ["cuGraphLaunch"]
+        assert np.array_equal(executor.read(DECODE, places["tokens"])[used], tokens[used])
+        driver.calls.clear()
+    assert np.array_equal(executor.read(DECODE, places["positions"]), inputs["positions"] + steps * used)
+    assert executor.plans[EXTEND].advance is None
+
+
 def test_weights_arrive_whatever_the_size_of_a_chunk(artifact: Artifact, driver: FakeDriver,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptoss_compile.runtime.staging.CHUNK", 1000)
@@ -126,6 +157,11 @@ def test_random_weights_are_generated(tmp_path: Path, driver: FakeDriver) -> Non
     for path in (artifact.path / "kernels").glob("*.cubin"):
         driver.codes[path.read_bytes()] = path.stem
     executor = CudaExecutor.load(artifact, num_pages=40, max_num_seqs=8)
+    weights = {w.name: w for plan in executor.plans.values() for w in plan.weights}
+    for name, array in artifact.open_weights():
+        found = executor.read(DECODE, Operand("weight", name, weights[name].dtype, weights[name].shape))
+        assert np.array_equal(found, array), name
+    assert "cuEventRecord" not in driver.calls[: driver.calls.index("cuLaunchKernelEx")], "nothing is copied but constants"
     expected = expected_step(artifact, DECODE, tensors_of(artifact), 0)
     expect(driver, executor, DECODE, 3)
     assert check_bucket(executor, DECODE, expected, replays=1).good
