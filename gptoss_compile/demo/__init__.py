@@ -1,6 +1,7 @@
 """The demo checkpoint: small, but of GPT-OSS's true architecture, vocabulary and file layout.
 
-Its weights are whatever Checkpoint `source()` returns: random ones for now, so its answers are noise.
+Its weights are the trained ones that come with the project (see `packed`, and docs/demo-model.md for how they were made);
+where they are missing, random ones, with which its answers are noise.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import torch
 from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.config import ModelConfig
 from gptoss_compile.config_parse import O200K_HARMONY
+from gptoss_compile.demo import packed
 from gptoss_compile.layouts import placements
 from gptoss_compile.logical import TensorInfo
 from gptoss_compile.paths import atomic_directory, cache_dir
 from gptoss_compile.safetensors_io import DTYPES, encode_header
 
-_VERSION = 1  # of the demo; part of its folder's name, so that an older one is not taken for this one
+_VERSION = "1"  # of the random weights
 _HIDDEN = 64
 _LAYERS = 4
 
@@ -27,18 +29,25 @@ _LAYERS = 4
 def build_demo(folder: Path | None = None) -> Path:
     """The folder of the demo checkpoint, which is written unless it is there. By default in the user's cache.
     """
-    folder = folder or cache_dir() / f"demo-{_VERSION}"
+    folder = folder or cache_dir() / f"demo-{version()}"
     if not (folder / "config.json").exists():
         save_huggingface(source(), folder)
     return folder
 
 
 def source() -> Checkpoint:
-    """The demo's weights."""
-    return Checkpoint.random(demo_config(), seed=0)
+    """The demo's weights: the trained ones if they are there, else random ones. Raises CheckpointError if the file is
+    damaged."""
+    return packed.bundled() or Checkpoint.random(demo_config(), seed=0)
+
+
+def version() -> str:
+    """Part of the demo folder's name, so that an older demo is not taken for this one."""
+    return packed.CHECKSUM.read_text()[:12] if packed.FILE.exists() else _VERSION
 
 
 def demo_config() -> ModelConfig:
+    """Of the random weights."""
     return ModelConfig(
         num_layers=_LAYERS, hidden=_HIDDEN, intermediate=_HIDDEN, num_heads=8, num_kv_heads=1, head_dim=64,
         num_experts=8, experts_per_token=4, vocab_size=O200K_HARMONY, sliding_window=128,

@@ -73,9 +73,10 @@ def _plain(random: Random, skill: str, effort: Effort, date: str) -> Made:
     return makers[skill](random, effort)
 
 
-def converse(random: Random, skill: str, foreign: Sequence[str]) -> Conversation:
-    """A conversation whose last exchange shows a skill, with a random date, effort, instructions, tools and history."""
-    effort, date = random.choice(EFFORTS), random_date(random)
+def converse(random: Random, skill: str, foreign: Sequence[str], date: str | None = None) -> Conversation:
+    """A conversation whose last exchange shows a skill, with random effort, instructions, tools and history, and a random
+    date unless one is given."""
+    effort, date = random.choice(EFFORTS), date or random_date(random)
     tools: tuple[FunctionTool, ...] = ()
 
     def before(most: int) -> list[Any]:
@@ -104,10 +105,10 @@ def conversations(seed: int, count: int, foreign: Sequence[str]) -> Iterator[Con
         yield converse(random, skill, foreign)
 
 
-def held_out(seed: int, each: int, foreign: Sequence[str], skills: Sequence[str] = tuple(SKILLS)) -> list[Conversation]:
-    """`each` conversations of every skill, which no training seed makes."""
+def held_out(seed: int, each: int, foreign: Sequence[str], date: str | None = None) -> list[Conversation]:
+    """`each` conversations of every skill, from seeds that are not used in training."""
     random = Random(HELD_OUT_SEED + seed)
-    return [converse(random, skill, foreign) for skill in skills for _ in range(each)]
+    return [converse(random, skill, foreign, date) for skill in SKILLS for _ in range(each)]
 
 
 def _shard(arguments: tuple[int, int]) -> Shard:

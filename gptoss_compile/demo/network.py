@@ -117,7 +117,8 @@ class Network(nn.Module):
         k = k + at * sink
         q = torch.cat((q, torch.ones_like(q[..., :1]), torch.zeros_like(q[..., :_PAD - 1])), -1)
         v = F.pad(v, (0, 0, 0, _PAD))
-        kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else normed.dtype
+        device = normed.device.type
+        kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else normed.dtype
         out = F.scaled_dot_product_attention(q.to(kind), k.to(kind), v.to(kind), mask, scale=c.head_dim**-0.5)
         return self._linear(i, "o", out.transpose(1, 2).flatten(2))
 

@@ -1,8 +1,8 @@
 """Train the demo model: `python -m gptoss_compile.demo.train --data DIR --out DIR [--minutes 15] [--resume]`.
 
-The schedule goes by the clock, so that a run always ends in time: warm-up, then the learning rate follows a cosine; for
-the last quarter the forward pass sees every weight as the checkpoint will keep it (MXFP4 experts, bf16). --out receives
-log.jsonl (loss, and the held-out accuracy by skill), model.safetensors (see `packed`) and, for --resume, state.pt.
+The schedule goes by the clock, so that a run always ends in time: the learning rate follows a cosine, and for the last
+quarter the forward pass sees every weight as the checkpoint will keep it (MXFP4 experts, bf16). --out receives log.jsonl
+(loss, and the held-out accuracy by skill), model.safetensors (see `packed`) and, for --resume, state.pt.
 
 Needs torch and numpy only. On a GPU it computes in bf16 with fp32 weights and router.
 """
@@ -31,7 +31,8 @@ from gptoss_compile.demo.shards import OTHER, Rows, Shard, pack_rows, read_held_
 
 WIDTH = 512  # tokens of a row
 PEAK = 2e-3  # learning rate
-WARM_UP, QUANTIZE_FROM = 0.02, 0.75  # parts of the run
+WARM_UP = 200  # steps
+QUANTIZE_FROM = 0.75  # part of the run
 BALANCE = 0.01  # weight of the experts' imbalance in the loss
 ENDING = 25.0  # seconds kept for the last accuracy table and the files
 LOG_EVERY, TEST_SECONDS, SAVE_SECONDS = 50, 60.0, 120.0
@@ -125,10 +126,8 @@ class Trainer:
         return min(1.0, self.elapsed / max(1.0, self.settings.minutes * 60 - ENDING))
 
     def learning_rate(self) -> float:
-        x = self.progress
-        cosine = 0.5 + 0.5 * math.cos(math.pi * (x - WARM_UP) / (1 - WARM_UP))
-        shape = min(1.0, (x + 1e-3) / WARM_UP) if x < WARM_UP else cosine
-        return PEAK * self.rate_factor * max(shape, 0.01)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * self.progress)
+        return PEAK * self.rate_factor * max(0.01, cosine) * min(1.0, (self.step + 1) / WARM_UP)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(cross entropy of what is to be written, imbalance of the experts)."""
@@ -171,6 +170,23 @@ class Trainer:
             table[skill] = {"tokens": round(float(right[of].sum()) / tokens, 4),
                             "exact": round(float((wrong[of] == 0).mean()), 4) if of.any() else 0.0}
         return table
+
+    @torch.no_grad()
+    def rounding_cost(self) -> dict[str, float]:
+        """What MXFP4 and bf16 change, on the held-out set in fp32: mean KL(trained ‖ packed) a token, in nats, and the
+        share of written tokens that are right before and after."""
+        divergence, right, count = 0.0, [0, 0], 0
+        for rows in pack_rows(self.test, np.arange(len(self.test.lengths)), WIDTH, max(1, self.rows // 4)):
+            batch = to_batch(rows, self.settings.device)
+            logs = []
+            for i, self.network.quantized in enumerate((False, True)):
+                hidden, _ = self.network(batch.tokens, batch.positions, batch.segments)
+                logits = self.network.logits(hidden.flatten(0, 1)[batch.places]) + self.offset
+                right[i] += int((logits.argmax(-1) == batch.targets).sum())
+                logs.append(torch.log_softmax(logits, -1))
+            divergence += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+            count += len(batch.targets)
+        return {"kl": divergence / count, "right_trained": right[0] / count, "right_packed": right[1] / count}
 
     def report(self, **fields: Any) -> None:
         self.log.write(json.dumps(fields) + "\n")
@@ -253,6 +269,7 @@ class Trainer:
         self.network.quantized = True
         self.save()
         self.test_now()
+        self.report(step=self.step, seconds=round(self.elapsed, 1), rounding=self.rounding_cost())
         print(f"done: {self.step} steps, {self.seen / 1e6:.0f}M tokens, {self.elapsed:.0f} s", flush=True)
 
     def _step_back(self) -> None:

@@ -46,7 +46,8 @@ def _model_logits(network: Network, tokens: torch.Tensor) -> torch.Tensor:
     caches = [torch.zeros(pages + 1, 2, config.num_kv_heads, 4, config.head_dim) for _ in range(config.num_layers)]
     table = torch.arange(1, pages + 1, dtype=torch.int32).unsqueeze(0)
     positions = torch.arange(count, dtype=torch.int32)
-    logits: torch.Tensor = model(tokens.int(), positions, torch.zeros(count, dtype=torch.int32), table, table, None, caches)[0]
+    sequences = torch.zeros(count, dtype=torch.int32)
+    logits: torch.Tensor = model(tokens.int(), positions, sequences, table, table, None, caches)[0]
     return logits
 
 

@@ -90,10 +90,12 @@ _REMEMBERED: tuple[tuple[Sequence[str], tuple[str, ...], str, tuple[str, ...], s
      ("What was the number?", "Which number did I tell you?", "What number should you remember?", "What is my number?"),
      "The number is {x}."),
     (COLOURS, ("My favourite colour is {x}.", "I like {x} best.", "The colour I love is {x}."), "{x} is a nice colour.",
-     ("What is my favourite colour?", "Which colour do I like?", "What colour do I love?"), "Your favourite colour is {x}."),
+     ("What is my favourite colour?", "Which colour do I like?", "What colour do I love?"),
+     "Your favourite colour is {x}."),
     (CITIES, ("I live in {x}.", "My home is {x}.", "I come from {x}."), "{x} is a nice city.",
      ("Where do I live?", "Which city do I live in?", "Where is my home?"), "You live in {x}."),
-    (NAMES, ("My dog is called {x}.", "I have a dog named {x}.", "The name of my dog is {x}."), "{x} is a good name for a dog.",
+    (NAMES, ("My dog is called {x}.", "I have a dog named {x}.", "The name of my dog is {x}."),
+     "{x} is a good name for a dog.",
      ("What is my dog called?", "What is the name of my dog?", "Do you remember my dog's name?"), "Your dog is called {x}."),
 )
 
@@ -106,7 +108,8 @@ def memory(random: Random, effort: Effort, between: Sequence[Exchange]) -> Made:
     reply = noted.format(x=value)
     reply = reply[0].upper() + reply[1:]
     gist = f"The user tells me something to remember: {value}."
-    telling = Exchange(first, (Answer(thought(effort, f"Remember {value}.", gist, "I acknowledge it in one sentence."), reply),))
+    noting = thought(effort, f"Remember {value}.", gist, "I acknowledge it in one sentence.")
+    telling = Exchange(first, (Answer(noting, reply),))
     if random.random() < 0.25:
         return (telling,), (value,)
     analysis = thought(effort, f"It was {value}.", f"The user said earlier: {first} So the answer is {value}.",
