@@ -21,6 +21,7 @@ from gptoss_compile.runtime.api.logs import configure
 from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.protocol import HEAD_BYTES, LimitedProtocol
 from gptoss_compile.runtime.api.tokenizer import FILE, VOCABULARY, Tokenizer
+from gptoss_compile.runtime.api.tool_server.server import ToolServer
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.executor import load_executor
 
@@ -46,6 +47,8 @@ def serve(
     system_date: str | None = None,
     responses_dialect: Literal["openai", "open-responses"] = "openai",
     allowed_origins: Sequence[str] = (),
+    tool_server: str | None = None,
+    search_corpus: str | None = None,
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
 ) -> None:
@@ -53,7 +56,7 @@ def serve(
 
     kv_pages: pages of the KV cache, by default as many as the memory holds. max_num_seqs and max_num_batched_tokens
     bound one step; by default the artifact's buckets do. system_date, responses_dialect and allowed_origins are described
-    at ServerOptions. ssl_certfile (with the key in it or in ssl_keyfile) makes it HTTPS.
+    at ServerOptions, tool_server and search_corpus at ToolServer.load. ssl_certfile (with the key in it or in ssl_keyfile) makes it HTTPS.
     Raises ValueError for an artifact or settings that cannot be served, OSError for an address that cannot be listened
     on, and EngineDiedError.
     """
@@ -69,6 +72,7 @@ def serve(
     )
     sequences = max_num_seqs or max(bucket.sequences for bucket in artifact.buckets)
     tokens = max_num_batched_tokens or max(bucket.tokens for bucket in artifact.buckets)
+    tools = ToolServer.load(tool_server, search_corpus)
     with closing(_listen(host, port)) as listener:
         tokenizer = Tokenizer.load(artifact.file(f"tokenizer/{FILE}").parent) if artifact.has_tokenizer else None
         executor = load_executor(artifact, num_pages=kv_pages, max_num_seqs=sequences)
@@ -81,16 +85,21 @@ def serve(
         )
         engine.start()
         try:
-            run(engine, tokenizer, options, listener, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
+            run(engine, tokenizer, options, listener, tools, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
         finally:
             engine.shutdown(drain=False)
 
 
 def run(
-    engine: Engine, tokenizer: Tokenizer | None, options: ServerOptions, listener: socket.socket, **settings: Any
+    engine: Engine,
+    tokenizer: Tokenizer | None,
+    options: ServerOptions,
+    listener: socket.socket,
+    tool_server: ToolServer | None = None,
+    **settings: Any,
 ) -> None:
     """Serve a started engine on a listening socket until a signal. Raises EngineDiedError. settings: uvicorn's."""
-    app = build_app(engine, tokenizer, options)
+    app = build_app(engine, tokenizer, options, tool_server)
     config = uvicorn.Config(
         app,
         http=LimitedProtocol,
@@ -230,6 +239,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ORIGIN",
         help="web origins that may call the API from a browser, or * (default: none)",
     )
+    parser.add_argument(
+        "--tool-server",
+        metavar="LIST",
+        help="tools that run on the server, comma separated: demo (browser and python), and MCP servers as host:port, "
+        "URL or stdio:COMMAND (default: none)",
+    )
+    parser.add_argument("--search-corpus", metavar="DIR", help="the demo's browser searches these text files, not the web")
     parser.add_argument("--ssl-certfile", metavar="FILE", help="serve HTTPS with this certificate")
     parser.add_argument("--ssl-keyfile", metavar="FILE", help="its private key, if that is in a file of its own")
     parser.add_argument(

@@ -23,13 +23,16 @@ from gptoss_compile.runtime.api.logs import RequestIdMiddleware, request_id
 from gptoss_compile.runtime.api.metrics import Metrics
 from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
+from gptoss_compile.runtime.api.tool_server.server import ToolServer
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.sampling_params import RequestError
 
 logger = logging.getLogger(__name__)
 
 
-def build_app(engine: Engine, tokenizer: Tokenizer | None, options: ServerOptions) -> Starlette:
+def build_app(
+    engine: Engine, tokenizer: Tokenizer | None, options: ServerOptions, tool_server: ToolServer | None = None
+) -> Starlette:
     """The application that serves a running engine. Without a tokenizer it takes and gives token ids only."""
     app = Starlette(
         routes=[
@@ -55,7 +58,7 @@ def build_app(engine: Engine, tokenizer: Tokenizer | None, options: ServerOption
         exception_handlers=_HANDLERS,
     )
     app.router.redirect_slashes = False  # a redirect would be the one answer that is not in OpenAI's shape
-    app.state.context = Context(engine, tokenizer, options, Metrics(engine))
+    app.state.context = Context(engine, tokenizer, options, Metrics(engine), tool_server or ToolServer())
     return app
 
 

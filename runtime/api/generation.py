@@ -15,6 +15,7 @@ from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.responses_store import ResponseStore
 from gptoss_compile.runtime.api.seal import Seal
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
+from gptoss_compile.runtime.api.tool_server.server import ToolServer
 from gptoss_compile.runtime.api.tools import CallMemory
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput
@@ -32,6 +33,7 @@ class Context:
     tokenizer: Tokenizer | None
     options: ServerOptions
     metrics: Metrics
+    tool_server: ToolServer = field(default_factory=ToolServer)
     responses: ResponseStore = field(default_factory=ResponseStore)
     seal: Seal = field(default_factory=Seal)
     calls: CallMemory = field(default_factory=CallMemory)

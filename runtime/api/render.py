@@ -22,6 +22,7 @@ from openai_harmony import (
     Role,
     SystemContent,
     ToolDescription,
+    ToolNamespaceConfig,
 )
 from openai_harmony import Message as LibraryMessage
 
@@ -58,8 +59,9 @@ class FunctionTool:
 class Turn:
     """One message of a conversation.
 
-    recipient: on an assistant's message the tool it calls. name: on a tool's message the tool that answers. tokens: the
-    message exactly as the model wrote it, from its <|start|> to its end, instead of `text`.
+    recipient: on an assistant's message the tool it calls. name: on a tool's message the tool that answers; its channel is
+    that of the call, commentary unless given. tokens: the message exactly as the model wrote it, from its <|start|> to its
+    end, instead of `text`.
     """
 
     role: Literal["developer", "user", "assistant", "tool"]
@@ -71,7 +73,8 @@ class Turn:
 
     @property
     def reasoning(self) -> bool:
-        return self.role == "assistant" and self.channel == "analysis" and self.recipient is None
+        """Thoughts, and the calls and results of built-in tools among them."""
+        return self.channel == "analysis"
 
     @property
     def final(self) -> bool:
@@ -80,17 +83,18 @@ class Turn:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Everything a prompt is made of. date: `Current date`, today's if None."""
+    """Everything a prompt is made of. date: `Current date`, today's if None. namespaces: the server's own tools."""
 
     turns: Sequence[Turn]
     tools: Sequence[FunctionTool] = ()
     effort: Effort = "medium"
     date: str | None = None
+    namespaces: Sequence[ToolNamespaceConfig] = ()
 
 
 async def render(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> list[int]:
     """Token ids of the prompt, ending where the assistant begins to write. Raises TooLongError beyond `limit`."""
-    ids = _system(tokenizer, prompt)
+    ids = await asyncio.to_thread(_system, tokenizer, prompt) if prompt.namespaces else _system(tokenizer, prompt)
     turns = drop_old_reasoning(prompt.turns)
     if prompt.tools and not any(turn.role == "developer" for turn in turns):
         turns = [Turn("developer"), *turns]
@@ -111,6 +115,17 @@ async def render(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> list[int]:
     return [*ids, START, *tokenizer.encode("assistant")]
 
 
+async def extend(tokenizer: Tokenizer, prompt: Sequence[int], turns: Sequence[Turn], limit: int) -> list[int]:
+    """A rendered prompt with further turns before the assistant writes again. Raises TooLongError beyond `limit`."""
+    beginning = [START, *tokenizer.encode("assistant")]
+    ids = list(prompt[: len(prompt) - len(beginning)])
+    for turn in turns:
+        ids += await _message(tokenizer, turn, limit)
+    if len(ids) + len(beginning) > limit:
+        raise TooLongError(len(ids) + len(beginning))
+    return ids + beginning
+
+
 def drop_old_reasoning(turns: Sequence[Turn]) -> list[Turn]:
     """Reasoning lives until the final answer it led to: within a tool loop it stays, before the last final it goes."""
     last_final = max((i for i, turn in enumerate(turns) if turn.final), default=-1)
@@ -125,8 +140,11 @@ async def _message(tokenizer: Tokenizer, turn: Turn, limit: int) -> list[int]:
     if turn.role == "user":
         return [START, *encode("user"), MESSAGE, *body, END]
     if turn.role == "tool":
-        return [START, *encode(f"{turn.name} to=assistant"), CHANNEL, *encode("commentary"), MESSAGE, *body, END]
+        channel = encode(turn.channel or "commentary")
+        return [START, *encode(f"{turn.name} to=assistant"), CHANNEL, *channel, MESSAGE, *body, END]
     header = [START, *encode("assistant"), CHANNEL]
+    if turn.recipient is not None and turn.channel == "analysis":
+        return [*header, *encode(f"analysis to={turn.recipient} code"), MESSAGE, *body, CALL]
     if turn.recipient is not None:
         return [*header, *call_header(tokenizer, turn.recipient), *body, CALL]
     return [*header, *encode(turn.channel or "final"), MESSAGE, *body, END]
@@ -140,6 +158,8 @@ def call_header(tokenizer: Tokenizer, recipient: str) -> list[int]:
 def _system(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     content = SystemContent.new().with_reasoning_effort(_LEVELS[prompt.effort])
     content = content.with_conversation_start_date(prompt.date or datetime.date.today().isoformat())
+    for namespace in prompt.namespaces:
+        content = content.with_tools(namespace)
     message = LibraryMessage(author=Author(role=Role.SYSTEM), content=[content])
     options = RenderOptions(conversation_has_function_tools=bool(prompt.tools))
     ids: list[int] = tokenizer.encoding.render(message, options)
@@ -153,7 +173,7 @@ def _developer_text(tokenizer: Tokenizer, instructions: str, tools: Sequence[Fun
         content = content.with_instructions(_PLACE)
     if tools:
         content = content.with_function_tools(
-            [ToolDescription.new(tool.name, tool.description, _for_display(tool.parameters)) for tool in tools]
+            [ToolDescription.new(tool.name, tool.description, for_display(tool.parameters)) for tool in tools]
         )
     message = LibraryMessage(author=Author(role=Role.DEVELOPER), content=[content])
     try:
@@ -163,7 +183,7 @@ def _developer_text(tokenizer: Tokenizer, instructions: str, tools: Sequence[Fun
     return tokenizer.decode(ids[ids.index(MESSAGE) + 1 :]).replace(_PLACE, instructions, 1)
 
 
-def _for_display(parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+def for_display(parameters: dict[str, Any] | None) -> dict[str, Any] | None:
     """A schema as the library can show it: local references inlined, descriptions on one line, bounded in size."""
     if not parameters or not parameters.get("properties"):
         return None

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -16,14 +17,18 @@ from gptoss_compile.runtime.api.generation import Answers, Context, Submission
 from gptoss_compile.runtime.api.harmony import STOP_IDS, HarmonyParser
 from gptoss_compile.runtime.api.http import EventStream, event, read_json, until_disconnect
 from gptoss_compile.runtime.api.logprobs import LogprobNames
-from gptoss_compile.runtime.api.render import EFFORTS, FunctionTool, Prompt, Turn, render
+from gptoss_compile.runtime.api.render import EFFORTS, FunctionTool, Prompt, Turn, extend, render
 from gptoss_compile.runtime.api.responses_output import Output, OutputOptions
 from gptoss_compile.runtime.api.responses_prompt import Input, InputReader, forced_names, function_tools
 from gptoss_compile.runtime.api.responses_schema import PromptBody, ResponseBody, ToolChoice
 from gptoss_compile.runtime.api.responses_store import Record
-from gptoss_compile.runtime.api.tokenizer import TooLongError
+from gptoss_compile.runtime.api.responses_tools import MAX_CALLS, OutputEvent, toolbox
+from gptoss_compile.runtime.api.tokenizer import Tokenizer, TooLongError
+from gptoss_compile.runtime.api.tool_server.browser import Page
+from gptoss_compile.runtime.api.tool_server.server import Toolbox
 from gptoss_compile.runtime.api.tools import ForcedCall
 from gptoss_compile.runtime.outputs import RequestOutput
+from gptoss_compile.runtime.request import LogitsProcessor
 
 
 async def create(request: Request) -> Response:
@@ -108,7 +113,7 @@ async def input_tokens(request: Request) -> Response:
     context: Context = request.app.state.context
     body = await read_json(request, PromptBody, context.options)
     context.served(body.model)
-    prompt, _ = _prompt(context, body)
+    prompt, _, _ = _prompt(context, body)
     ids = await _render(context, prompt, 1 << 24)
     return JSONResponse({"object": "response.input_tokens", "input_tokens": len(ids)})
 
@@ -132,9 +137,10 @@ async def _events(record: Record, *, start: int = 0, cancel: bool = False) -> As
             record.task.cancel()
 
 
-def _prompt(context: Context, body: PromptBody) -> tuple[Prompt, Input]:
-    """The prompt, and what the input adds to the conversation. Raises ApiError."""
+def _prompt(context: Context, body: PromptBody) -> tuple[Prompt, Input, Toolbox]:
+    """The prompt, what the input adds to the conversation, and the server's tools it may use. Raises ApiError."""
     turns: list[Turn] = []
+    pages: Sequence[Page] = ()
     callers: dict[str, str] = {}
     if body.previous_response_id is not None:
         parent = context.responses.get(body.previous_response_id)
@@ -147,13 +153,15 @@ def _prompt(context: Context, body: PromptBody) -> tuple[Prompt, Input]:
             )
         if not parent.finished:
             raise bad_request("The previous response has not finished.", "previous_response_id")
-        turns, callers = list(parent.turns), parent.callers
+        turns, callers, pages = list(parent.turns), parent.callers, parent.pages
     given = InputReader(context.responses, context.seal, callers).read(body.input or [])
     given.turns[:0] = turns
     instructions = [Turn("developer", body.instructions)] if body.instructions else []
     effort = EFFORTS[(body.reasoning.effort if body.reasoning else None) or "medium"]
-    prompt = Prompt([*instructions, *given.turns], function_tools(body), effort, context.options.system_date)
-    return prompt, given
+    box = toolbox(body, context.tool_server, pages)
+    tools = function_tools(body, box)
+    turns = [*instructions, *given.turns]
+    return Prompt(turns, tools, effort, context.options.system_date, box.namespaces()), given, box
 
 
 async def _render(context: Context, prompt: Prompt, limit: int) -> list[int]:
@@ -177,22 +185,27 @@ class ResponseRun:
 
     async def start(self) -> Record:
         """Render, submit, and go on in a task. Raises ApiError for what cannot be served."""
-        prompt, given = _prompt(self.context, self.body)
+        prompt, given, box = _prompt(self.context, self.body)
         ids = await _render(self.context, prompt, self.context.prompt_limit(None))
-        names = forced_names(self.body, prompt.tools)
-        forced = ForcedCall(self.tokenizer, names) if names else None
-        answers = Answers(self.context, "input")
-        await answers.submit(
-            [Submission(ids, self.body.params(STOP_IDS), forced)],
-            priority=self.body.priority or 0,
-            cache_salt=self.body.cache_salt,
-        )
+        names = forced_names(self.body, prompt.tools, box)
+        self.answers = await self._submit(ids, 0, ForcedCall(self.tokenizer, names) if names else None)
         record = Record(self._new(prompt), given.items, given.turns, given.callers)
         if self.body.store is not False:
             self.context.responses.add(record)
-        record.task = asyncio.create_task(self._run(record, answers, prompt.tools, len(ids)))
-        record.task.add_done_callback(lambda _: self._ended(record, answers))
+        record.task = asyncio.create_task(self._run(record, prompt.tools, box, ids))
+        record.task.add_done_callback(lambda _: self._ended(record))
         return record
+
+    async def _submit(self, ids: list[int], written: int, processor: LogitsProcessor | None = None) -> Answers:
+        """Let the model write on. written: tokens that it has spent of max_output_tokens."""
+        params = self.body.params(STOP_IDS)
+        if params.max_tokens is not None:
+            params = replace(params, max_tokens=params.max_tokens - written)
+        answers = Answers(self.context, "input")
+        await answers.submit(
+            [Submission(ids, params, processor)], priority=self.body.priority or 0, cache_salt=self.body.cache_salt
+        )
+        return answers
 
     def _new(self, prompt: Prompt) -> dict[str, Any]:
         """The response object, every key present, before anything was generated."""
@@ -240,64 +253,90 @@ class ResponseRun:
             "user": body.user,
         }
 
-    async def _run(self, record: Record, answers: Answers, tools: Sequence[FunctionTool], prompt_tokens: int) -> None:
+    async def _run(self, record: Record, tools: Sequence[FunctionTool], box: Toolbox, ids: list[int]) -> None:
         output = Output(
             OutputOptions(
                 [tool.name for tool in tools],
+                box,
+                min(self.body.max_tool_calls or MAX_CALLS, MAX_CALLS),
+                self.body.include or (),
                 LogprobNames(self.tokenizer) if self.body.wants_logprobs else None,
                 self.context.seal if self.body.wants_encrypted else None,
                 self.body.summarises,
                 self.context.options.reasoning_event,
             )
         )
-        progress = _Progress(HarmonyParser(self.tokenizer), output)
+        progress = _Progress(self.tokenizer, output)
         snapshot = record.response
         record.emit("response.created", response=dict(snapshot))
         snapshot["status"] = "in_progress"
         record.emit("response.in_progress", response=dict(snapshot))
         try:
-            async with answers:
-                async for _, new in answers.outputs():
-                    for kind, fields in progress.feed(new):
-                        record.emit(kind, **fields)
-            reason = progress.finish_reason
-            status = "incomplete" if reason == "length" else "completed"
-            details = {"reason": "max_output_tokens"} if reason == "length" else None
-            self._end(record, progress, prompt_tokens, status, incomplete_details=details)
+            async with box:
+                await self._write(record, progress, box, ids)
+            status = "incomplete" if progress.finish_reason == "length" else "completed"
+            details = {"reason": "max_output_tokens"} if status == "incomplete" else None
+            self._end(record, progress, status, incomplete_details=details)
         except ApiError as error:
-            failure = {"code": "server_error", "message": error.message}
-            self._end(record, progress, prompt_tokens, "failed", error=failure)
+            self._end(record, progress, "failed", error={"code": "server_error", "message": error.message})
         except asyncio.CancelledError:
-            self._end(record, progress, prompt_tokens, "cancelled")
+            self._end(record, progress, "cancelled")
         finally:
-            self.context.metrics.harmony_repairs.inc(progress.parser.repairs)
+            self.context.metrics.harmony_repairs.inc(progress.repairs)
 
-    def _ended(self, record: Record, answers: Answers) -> None:
+    async def _write(self, record: Record, progress: _Progress, box: Toolbox, ids: list[int]) -> None:
+        """Let the model write, make its call of a server's tool, and let it write on, until it makes none."""
+        output = progress.output
+        listed = {item.get("server_label") for item in record.input_items if item["type"] == "mcp_list_tools"}
+        for label in (label for label in box.labels if label not in listed):
+            record.emit_all(output.list_tools(label))
+        while True:
+            progress.begin(len(ids))
+            async with self.answers:
+                async for _, new in self.answers.outputs():
+                    record.emit_all(progress.feed(new))
+                    if output.waiting:
+                        break
+            if not output.waiting:
+                return
+            record.emit_all(await output.make_call())
+            left = self.body.max_output_tokens is None or progress.tokens < self.body.max_output_tokens
+            try:
+                ids = await extend(self.tokenizer, ids, progress.new_turns(), self.context.prompt_limit(None))
+            except TooLongError:
+                left = False
+            if not left or output.exhausted:
+                progress.finish_reason = "length"
+                return
+            self.answers = await self._submit(ids, progress.tokens)
+
+    def _ended(self, record: Record) -> None:
         """Whatever ended the task, even before it began: nothing runs on, and nobody waits for ever."""
-        answers.abort()
+        self.answers.abort()
         if not record.finished:
             assert record.task is not None
             record.response["status"] = "cancelled" if record.task.cancelled() else "failed"
             record.response["error"] = {"code": "server_error", "message": "The server failed to answer."}
             record.wake()
 
-    def _end(self, record: Record, progress: _Progress, prompt_tokens: int, status: str, **fields: Any) -> None:
+    def _end(self, record: Record, progress: _Progress, status: str, **fields: Any) -> None:
         """The terminal event. There is none for a cancelled response: its readers just see the stream end."""
         output = progress.output
         usage = {
-            "input_tokens": prompt_tokens,
+            "input_tokens": progress.prompt_tokens,
             "input_tokens_details": {"cached_tokens": progress.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": progress.tokens,
             "output_tokens_details": {"reasoning_tokens": output.reasoning_tokens},
-            "total_tokens": prompt_tokens + progress.tokens,
+            "total_tokens": progress.prompt_tokens + progress.tokens,
         }
-        items = [item for item in output.items if item["status"] != "in_progress"]
+        items = [item for item in output.items if item.get("status") != "in_progress"]
         record.response |= {"status": status, "output": items, "usage": usage, **fields}
         if status == "completed":
             record.response["completed_at"] = int(time.time())
         record.turns += output.turns
         record.callers |= {item["call_id"]: item["name"] for item in items if item["type"] == "function_call"}
         record.item_turns = output.item_turns
+        record.pages = output.pages
         if status == "cancelled":
             record.wake()
         else:
@@ -306,23 +345,52 @@ class ResponseRun:
 
 
 class _Progress:
-    """How far the answer is: tokens in, events out."""
+    """How far the answer is: tokens in, events out. Written in one round, and one more after each call of a server's tool.
 
-    def __init__(self, parser: HarmonyParser, output: Output) -> None:
-        self.parser, self.output = parser, output
-        self.tokens = self.cached_tokens = 0
+    Token counts are sums over the rounds.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, output: Output) -> None:
+        self._tokenizer, self.output = tokenizer, output
+        self._parsers: list[HarmonyParser] = []
+        self._cached: list[int] = []
+        self._turns = 0
+        self.prompt_tokens = self.tokens = 0
         self.finish_reason: str | None = None
 
-    def feed(self, new: RequestOutput) -> list[tuple[str, dict[str, Any]]]:
-        self.cached_tokens = max(self.cached_tokens, new.cached_tokens)
-        self.tokens += len(new.token_ids)
-        events: list[tuple[str, dict[str, Any]]] = []
+    @property
+    def repairs(self) -> int:
+        return sum(parser.repairs for parser in self._parsers)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(self._cached)
+
+    def begin(self, prompt_tokens: int) -> None:
+        """A round starts."""
+        self.prompt_tokens += prompt_tokens
+        self._cached.append(0)
+        self._parsers.append(HarmonyParser(self._tokenizer))
+
+    def new_turns(self) -> list[Turn]:
+        """What the last round added to the conversation."""
+        turns = self.output.turns[self._turns :]
+        self._turns = len(self.output.turns)
+        return turns
+
+    def feed(self, new: RequestOutput) -> list[OutputEvent]:
+        """What follows a call of a server's tool in the same round does not count."""
+        self._cached[-1] = max(self._cached[-1], new.cached_tokens)
+        events: list[OutputEvent] = []
         for i, token in enumerate(new.token_ids):
-            for each in self.parser.push(token):
+            self.tokens += 1
+            for each in self._parsers[-1].push(token):
                 events += self.output.feed(each, new.logprobs[i] if new.logprobs else None)
+            if self.output.waiting:
+                return events
         if new.finish_reason:
             self.finish_reason = new.finish_reason
-            for each in self.parser.finish():
+            for each in self._parsers[-1].finish():
                 events += self.output.feed(each, None, cut=new.finish_reason == "length")
         return events
 

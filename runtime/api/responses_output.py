@@ -15,18 +15,25 @@ from typing import Any
 from gptoss_compile.runtime.api.harmony import Event, Message
 from gptoss_compile.runtime.api.logprobs import LogprobNames
 from gptoss_compile.runtime.api.render import Turn
+from gptoss_compile.runtime.api.responses_tools import MAX_CALLS, MAX_REFUSALS, CallItem, OutputEvent, list_tools
 from gptoss_compile.runtime.api.seal import Seal
+from gptoss_compile.runtime.api.tool_server.browser import Page
+from gptoss_compile.runtime.api.tool_server.server import Target, Toolbox
 from gptoss_compile.runtime.api.tools import as_turn, call_id, called_tool, is_thought
 from gptoss_compile.runtime.sampler import TokenLogprobs
-
-OutputEvent = tuple[str, dict[str, Any]]  # its type, and its other fields
 
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """tools: names of the functions. summaries: give the reasoning as a summary, too. reasoning_event: its name."""
+    """tools: names of the functions. summaries: give the reasoning as a summary, too. reasoning_event: its name.
+
+    toolbox: the tools that run on this server; max_calls: how many calls of those there may be; include: the request's.
+    """
 
     tools: Sequence[str]
+    toolbox: Toolbox
+    max_calls: int = MAX_CALLS
+    include: Sequence[str] = ()
     logprobs: LogprobNames | None = None
     seal: Seal | None = None
     summaries: bool = False
@@ -40,8 +47,12 @@ class Output:
         self._options = options
         self.items: list[dict[str, Any]] = []
         self.turns: list[Turn] = []
-        self.item_turns: dict[str, Turn] = {}
+        self.item_turns: dict[str, list[Turn]] = {}
         self.reasoning_tokens = 0
+        self.calls = 0  # of the server's tools
+        self.call: CallItem | None = None  # the one that is written, or waits to be made
+        self.waiting = False
+        self._container = f"cntr_{secrets.token_hex(16)}"
         self._scores: list[dict[str, Any]] = []
 
     @property
@@ -50,12 +61,74 @@ class Output:
 
     def feed(self, event: Event, scores: TokenLogprobs | None, *, cut: bool = False) -> Iterator[OutputEvent]:
         """cut: the message is closed because the answer ran out of room."""
-        if event.kind == "open":
+        if (target := self._target(event.message)) is not None:
+            yield from self._call_event(event, target, cut)
+        elif event.kind == "open":
             yield from self._open(event.message)
         elif event.kind == "text":
             yield from self._text(event, scores)
         else:
             yield from self._close(event.message, "incomplete" if cut else "completed")
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the model goes on calling although it was told that it may not."""
+        return self.calls > self._options.max_calls + MAX_REFUSALS
+
+    @property
+    def pages(self) -> Sequence[Page]:
+        return tuple(self._options.toolbox.pages)
+
+    async def make_call(self) -> list[OutputEvent]:
+        """Make the call that waits."""
+        call = self.call
+        assert call is not None and self.waiting
+        result = await call.run()
+        turn = self.turns[-1]
+        answer = Turn("tool", result, turn.channel, name=(turn.recipient or "").removeprefix("functions."))
+        self.turns.append(answer)
+        if call.item is not None:
+            self.item_turns[call.item["id"]] = [turn, answer]
+        self.call, self.waiting = None, False
+        return list(call.finish())
+
+    def list_tools(self, label: str) -> Iterator[OutputEvent]:
+        """Tell what an MCP server offers."""
+        yield from list_tools(self.items, self._options.toolbox, label)
+
+    def _target(self, message: Message) -> Target | None:
+        return None if message.channel == "final" else self._options.toolbox.target(message.recipient)
+
+    def _call_event(self, event: Event, target: Target, cut: bool) -> Iterator[OutputEvent]:
+        message = event.message
+        if event.kind == "open":
+            include = self._options.include
+            self.call = CallItem(
+                self._options.toolbox,
+                target,
+                len(self.items),
+                self._container,
+                refused=self.calls >= self._options.max_calls,
+                show_outputs="code_interpreter_call.outputs" in include,
+                show_sources="web_search_call.action.sources" in include,
+            )
+            yield from self.call.open()
+            if self.call.item is not None:
+                self.items.append(self.call.item)
+            return
+        assert self.call is not None
+        if event.kind == "text":
+            yield from self.call.write(event.text)
+            return
+        known = self.call.item is not None
+        yield from self.call.close(message.text, cut=cut)
+        if self.call.item is not None and not known:
+            self.items.append(self.call.item)
+        self.calls += 1
+        self.waiting = not cut
+        self.turns.append(
+            Turn("assistant", message.text, message.channel, recipient=message.recipient, tokens=message.tokens)
+        )
 
     def _where(self, **fields: Any) -> dict[str, Any]:
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
@@ -99,7 +172,9 @@ class Output:
     def _part(self, text: str) -> dict[str, Any]:
         if self.items[-1]["type"] == "reasoning":
             return {"type": "reasoning_text", "text": text}
-        part: dict[str, Any] = {"type": "output_text", "text": text, "annotations": []}
+        browser = self._options.toolbox.browser
+        notes = list(browser.citations(text)) if browser else []
+        part: dict[str, Any] = {"type": "output_text", "text": text, "annotations": notes}
         return part | ({"logprobs": list(self._scores)} if self._options.logprobs else {})
 
     def _text(self, event: Event, scores: TokenLogprobs | None) -> Iterator[OutputEvent]:
@@ -136,6 +211,9 @@ class Output:
         if item["type"] == "reasoning":
             yield f"{self._options.reasoning_event}.done", self._where(content_index=0, text=text)
         else:
+            for number, note in enumerate(self._part(text)["annotations"]):
+                where = self._where(content_index=0, annotation_index=number)
+                yield "response.output_text.annotation.added", {**where, "annotation": note}
             yield "response.output_text.done", self._where(content_index=0, text=text, logprobs=list(self._scores))
         item["content"] = [self._part(text)]
         yield "response.content_part.done", self._where(content_index=0, part=self._part(text))
@@ -155,4 +233,4 @@ class Output:
     def _remember(self, message: Message, item: dict[str, Any]) -> None:
         turn = as_turn(message, self._options.tools)
         self.turns.append(turn)
-        self.item_turns[item["id"]] = turn
+        self.item_turns[item["id"]] = [turn]

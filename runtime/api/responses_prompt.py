@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,12 @@ from gptoss_compile.runtime.api.http import validated
 from gptoss_compile.runtime.api.render import FunctionTool, Turn
 from gptoss_compile.runtime.api.responses_schema import InputItem, PromptBody, ToolChoice
 from gptoss_compile.runtime.api.responses_store import ResponseStore
+from gptoss_compile.runtime.api.responses_tools import kind_of
 from gptoss_compile.runtime.api.schemas import text_of
 from gptoss_compile.runtime.api.seal import Seal
+from gptoss_compile.runtime.api.tool_server.server import Toolbox
 from gptoss_compile.runtime.api.tools import NAMESPACE
 
-logger = logging.getLogger(__name__)
 PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
 
 
@@ -61,7 +61,9 @@ class InputReader:
             case "function_call_output":
                 yield self._output(item, where)
             case "item_reference":
-                yield self._reference(item, where)
+                yield from self._reference(item, where)
+            case "web_search_call" | "code_interpreter_call" | "mcp_call" | "mcp_list_tools":
+                yield from self._server_call(item)
             case _:
                 raise bad_request(f"{where}: items of type {(item.type or 'unknown')[:40]!r} are not supported.", where)
 
@@ -104,16 +106,27 @@ class InputReader:
             )
         return Turn("tool", text_of(item.output), name=NAMESPACE + name)
 
-    def _reference(self, item: InputItem, where: str) -> Turn:
+    def _server_call(self, item: InputItem) -> list[Turn]:
+        """A call of one of the server's tools with its result, as far as either is still known."""
+        found = self._store.item(item.id or "")
+        if found is not None and found[1] is not None:
+            return found[1]
+        if item.kind != "mcp_call" or item.output is None:
+            return []
+        name = f"{item.server_label}.{item.name}"
+        call = Turn("assistant", item.arguments or "{}", "analysis", recipient=name)
+        return [call, Turn("tool", text_of(item.output), "analysis", name=name)]
+
+    def _reference(self, item: InputItem, where: str) -> Sequence[Turn]:
         found = self._store.item(item.id or "")
         if found is None:
             raise ApiError(
                 404, f"Item with id '{(item.id or '')[:100]}' not found.", param=where, code="item_not_found"
             )
-        original, turn = found
+        original, turns = found
         if original.get("type") == "function_call":
             self._callers[original["call_id"]] = original["name"]
-        return turn or next(self._turns(validated(original, InputItem), where, False))
+        return list(self._turns(validated(original, InputItem), where, False)) if turns is None else turns
 
 
 def _item(raw: dict[str, Any], where: str) -> InputItem:
@@ -139,12 +152,11 @@ def _listed(raw: dict[str, Any], item: InputItem) -> dict[str, Any]:
     return listed
 
 
-def function_tools(body: PromptBody) -> list[FunctionTool]:
-    """The functions to show. Built-in tools, which are off, are left out, unless tool_choice insists on one."""
+def function_tools(body: PromptBody, box: Toolbox) -> list[FunctionTool]:
+    """The functions to show. box: the tools that run on the server, which a tool_choice may name as well."""
     tools = []
     for tool in body.tools or ():
         if (function := tool.function) is None:
-            logger.warning("the built-in tool %s is off and was left out", tool.type)
             continue
         tools.append(FunctionTool(function.name, function.description or "", function.parameters, function.strict))
     names = [tool.name for tool in tools]
@@ -153,10 +165,10 @@ def function_tools(body: PromptBody) -> list[FunctionTool]:
     choice = body.tool_choice
     if choice == "none":
         return []
-    if choice == "required" and not tools:
-        raise bad_request("tool_choice: required needs function tools.", "tool_choice")
+    if choice == "required" and not tools and not box.recipients:
+        raise bad_request("tool_choice: required needs tools.", "tool_choice")
     if isinstance(choice, ToolChoice):
-        allowed = _allowed(choice)
+        allowed = _allowed(choice, box)
         if missing := [name for name in allowed if name not in names]:
             raise bad_request(
                 f"tool_choice names {missing[0][:100]!r}, which is not among the function tools.", "tool_choice"
@@ -166,17 +178,19 @@ def function_tools(body: PromptBody) -> list[FunctionTool]:
     return tools
 
 
-def forced_names(body: PromptBody, tools: Sequence[FunctionTool]) -> list[str]:
+def forced_names(body: PromptBody, tools: Sequence[FunctionTool], box: Toolbox) -> list[str]:
     """The functions one of which must be called; empty if none must."""
     choice = body.tool_choice
     if isinstance(choice, ToolChoice):
-        return _allowed(choice) if choice.type == "function" or choice.mode == "required" else []
+        return _allowed(choice, box) if choice.type == "function" or choice.mode == "required" else []
     return [tool.name for tool in tools] if choice == "required" else []
 
 
-def _allowed(choice: ToolChoice) -> list[str]:
+def _allowed(choice: ToolChoice, box: Toolbox) -> list[str]:
     if choice.type == "function" and choice.name:
         return [choice.name]
     if choice.type == "allowed_tools" and choice.tools:
-        return [str(tool.get("name")) for tool in choice.tools]
+        return [str(tool.get("name")) for tool in choice.tools if tool.get("type") in ("function", None)]
+    if kind_of(choice.type) in box.kinds:
+        return []
     raise bad_request(f"tool_choice of type {choice.type[:40]!r} is not available here.", "tool_choice")

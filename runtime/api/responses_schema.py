@@ -55,6 +55,7 @@ class InputItem(Body):
     arguments: str | None = None
     output: Content | None = None
     summary: Content | None = None
+    server_label: str | None = None
     encrypted_content: str | None = None
 
     @property

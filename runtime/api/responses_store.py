@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gptoss_compile.runtime.api.render import Turn
+from gptoss_compile.runtime.api.tool_server.browser import Page
 
 MAX_RESPONSES = 10_000
 MAX_BYTES = 256 << 20
@@ -23,15 +24,17 @@ class Record:
     """One response, from its creation on.
 
     response is the object as it stands. events are all events so far, numbered without gaps. turns is the conversation
-    up to and including the answer, without instructions; item_turns has the turn of each output item.
+    up to and including the answer, without instructions; item_turns has the turns of each output item. pages is what the
+    browser tool showed.
     """
 
     response: dict[str, Any]
     input_items: list[dict[str, Any]] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     callers: dict[str, str] = field(default_factory=dict)
-    item_turns: dict[str, Turn] = field(default_factory=dict)
+    item_turns: dict[str, list[Turn]] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    pages: Sequence[Page] = ()
     task: asyncio.Task[None] | None = None
     created: float = field(default_factory=time.monotonic)
     size: int = 0  # bytes, roughly
@@ -49,6 +52,10 @@ class Record:
         self.events.append({"type": kind, "sequence_number": len(self.events), **fields})
         self.size += 300 + 2 * len(fields.get("delta", ""))
         self.wake()
+
+    def emit_all(self, events: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        for kind, fields in events:
+            self.emit(kind, **fields)
 
     def wake(self) -> None:
         """Let those who follow look again."""
@@ -84,6 +91,7 @@ class ResponseStore:
         if record.id in self._records:
             self._index(record, record.response["output"])
             record.size += sum(200 + 2 * len(turn.text) for turn in record.turns)
+            record.size += sum(80 * len(page.lines) for page in record.pages)
             self._bytes += record.size
             self._evict()
 
@@ -91,8 +99,8 @@ class ResponseStore:
         self._evict()
         return self._records.get(response_id)
 
-    def item(self, item_id: str) -> tuple[dict[str, Any], Turn | None] | None:
-        """An item of any stored response, and the turn it became if the model wrote it."""
+    def item(self, item_id: str) -> tuple[dict[str, Any], list[Turn] | None] | None:
+        """An item of any stored response, and the turns it became if the model wrote it."""
         found = self._items.get(item_id)
         return None if found is None else (found[0], found[1].item_turns.get(item_id))
 
