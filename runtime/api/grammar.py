@@ -1,0 +1,282 @@
+"""What a turn may be, as a grammar over tokens: from tools, tool_choice and response_format to masks of the vocabulary.
+
+    turn    = { thought | preamble }, ( answer | calls )
+    thought = <|channel|>analysis<|message|> text <|end|><|start|>assistant
+    answer  = <|channel|>final<|message|> JSON by the schema, or text <|return|>
+    calls   = call { <|end|><|start|>assistant call } <|call|>
+    call    = <|channel|>commentary to=functions.NAME <|constrain|>json<|message|> JSON by the function's parameters
+
+The header of a call may also name the recipient before the channel. A turn that must call has no answer, one whose answer
+is JSON has no preamble (its text would stand before the JSON), and without parallel calls there is one call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from gptoss_compile.runtime.api.errors import bad_request
+from gptoss_compile.runtime.api.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
+from gptoss_compile.runtime.api.json_schema import Budget, Schema, SchemaError, enforceable, locate
+from gptoss_compile.runtime.api.tokenizer import FIRST_SPECIAL, VOCABULARY, Tokenizer
+from gptoss_compile.runtime.executor import Floats
+
+ANY_OBJECT: Schema = {"type": "object"}
+_NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
+_LIMITS = LLParserLimits(max_grammar_size=100_000, verbose_errors=False)
+_ENDOFTEXT = 199999  # llguidance's end; a turn ends before it, with <|return|> or <|call|>
+
+
+@dataclass(frozen=True)
+class Callee:
+    """Whom a turn may call. parameters: the schema of its JSON arguments; TEXT if they are not JSON.
+
+    path: the field of the request that holds the schema. strict: refuse what the grammar cannot enforce, instead of
+    leaving it out.
+    """
+
+    recipient: str
+    parameters: Schema | None = None
+    path: str = "tools"
+    strict: bool = False
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class TurnRules:
+    """must_call: one of `callees` has to be called. answer: the schema of the final message, None for any text."""
+
+    callees: Sequence[Callee] = ()
+    must_call: bool = False
+    parallel: bool = True
+    answer: Schema | None = None
+    answer_path: str = "response_format"
+
+
+class Grammars:
+    """Compiles rules. The newest grammars are kept, since every turn of a conversation has the same."""
+
+    KEPT = 64
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._workers = ThreadPoolExecutor(min(4, os.cpu_count() or 1), thread_name_prefix="gptoss-grammar")
+
+    def compile(self, rules: TurnRules, copies: int) -> list[TurnGrammar]:
+        """That many grammars of one turn each. Takes up to 0.2 s: call it in a thread. Raises ApiError."""
+        source = _Source(rules)
+        with self._lock:
+            matcher = self._compiled.pop(source.text, None)
+        if matcher is None:
+            matcher = self._matcher(source)
+        with self._lock:
+            self._compiled[source.text] = matcher
+            while len(self._compiled) > self.KEPT:
+                self._compiled.popitem(last=False)
+        return [TurnGrammar(matcher.deep_copy(), self._workers) for _ in range(copies)]
+
+    def _matcher(self, source: _Source) -> LLMatcher:
+        matcher = LLMatcher(llguidance_tokenizer(self._tokenizer), source.text, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise source.refusal(matcher.get_error())
+        for header, schema in source.headers.items():
+            probe = matcher.deep_copy()
+            start = [*self._tokenizer.encode(header[0]), CHANNEL, *self._tokenizer.encode(header[1]), MESSAGE]
+            assert probe.try_consume_tokens(start) == len(start), header
+            probe.compute_bitmask()
+            if probe.is_error():
+                raise refused(schema.path, "no value can satisfy the schema, or it is too complex")
+        return matcher
+
+
+class TurnGrammar:
+    """A logits processor that lets a turn be only what its grammar allows.
+
+    Masks are computed in another thread, one token ahead, while the executor runs. Where all that the grammar allows is
+    forbidden otherwise (min_tokens, where only the end can follow), the grammar has its way. `error` says why it could not
+    go on, should it become too complex on the way; the turn ends then, and is not to be shown as an answer.
+    """
+
+    def __init__(self, matcher: LLMatcher, workers: ThreadPoolExecutor) -> None:
+        self._matcher = matcher
+        self._workers = workers
+        self._consumed = 0
+        self._forbidden: Future[npt.NDArray[np.bool_]] = workers.submit(self._mask, ())
+        self.error: str | None = None
+
+    def prepare(self, generated: Sequence[int]) -> None:
+        """Begin with the mask of the token that follows these."""
+        if len(generated) > self._consumed:
+            self._forbidden.result()
+            new, self._consumed = generated[self._consumed :], len(generated)
+            self._forbidden = self._workers.submit(self._mask, new)
+
+    def __call__(self, generated: Sequence[int], scores_V: Floats) -> None:
+        assert len(generated) >= self._consumed, "tokens were taken back"
+        self.prepare(generated)
+        forbidden_V = self._forbidden.result()[: scores_V.size]
+        np.copyto(scores_V, np.float32(-np.inf), where=forbidden_V)
+        if scores_V.max() == -np.inf:
+            scores_V[~forbidden_V] = 0
+
+    def _mask(self, new: Sequence[int]) -> npt.NDArray[np.bool_]:
+        for token in new:
+            self._matcher.consume_token(token)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        forbidden_V = np.unpackbits(~bits, count=VOCABULARY, bitorder="little").view(np.bool_)
+        if self._matcher.is_error():
+            self.error = _reason(self._matcher.get_error())
+            forbidden_V[:] = True
+            forbidden_V[RETURN] = False
+        return forbidden_V
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A schema of the grammar, and where it came from."""
+
+    path: str
+    schema: Schema
+
+
+@dataclass
+class _Source:
+    """The grammar in llguidance's dialect of Lark. headers: how the messages with a schema begin, for a trial."""
+
+    rules: TurnRules
+    headers: dict[tuple[str, str], _Place] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises ApiError for schemas that are refused at sight."""
+        rules = self.rules
+        budget = Budget()
+        lines = [
+            "start: opening* (" + ("calls" if rules.must_call else "answer | calls" if rules.callees else "answer") + ")",
+            f'opening: {_t(CHANNEL)} ({"analysis" if rules.answer is not None else "(analysis | commentary)"}) {_t(MESSAGE)} '
+            f"TEXT {_NEXT}",
+            'analysis: "analysis"',
+            'commentary: "commentary"',
+            f'json_type: " "? {_t(CONSTRAIN)} "json" | " json"',
+            "TEXT: /(?s:.*)/",
+        ]
+        if not rules.must_call:
+            lines.append(f'answer: {_t(CHANNEL)} "final" json_type? {_t(MESSAGE)} answer_body {_t(RETURN)}')
+            lines.append("answer_body: " + self._body(rules.answer, rules.answer_path, True, ("", "final"), budget))
+        if rules.callees:
+            more = f"({_NEXT} call)*" if rules.parallel else ""
+            lines.append(f"calls: call {more} {_t(CALL)}")
+            lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(rules.callees))))
+        for i, callee in enumerate(rules.callees):
+            to = f'" to={callee.recipient}"'
+            channel = "(commentary | analysis)"
+            lines.append(
+                f"call_{i}: ({to} {_t(CHANNEL)} {channel} | {_t(CHANNEL)} {channel} {to}) json_type? {_t(MESSAGE)} body_{i}"
+            )
+            header = (f" to={callee.recipient}", "commentary")
+            parameters = None if callee.text else _arguments(callee.parameters)
+            lines.append(f"body_{i}: " + self._body(parameters, callee.path, callee.strict, header, budget))
+        self.text = "\n".join(lines)
+
+    def _body(self, schema: Schema | None, path: str, strict: bool, header: tuple[str, str], budget: Budget) -> str:
+        if schema is None:
+            return "TEXT"
+        try:
+            schema = enforceable(schema, path, budget)
+        except SchemaError as error:
+            raise refused(error.path, str(error).removeprefix(f"{error.path}: ")) from None
+        options = {"whitespace_flexible": False} | ({} if strict else {"lenient": True, "coerce_one_of": True})
+        schema = {**schema, "x-guidance": options}
+        self.headers[header] = _Place(path, schema)
+        return f"%json {json.dumps(schema)}"
+
+    def refusal(self, message: str) -> Exception:
+        """What to answer when llguidance refuses the whole: the part of a schema that it refuses by itself, too."""
+
+        def fails(schema: Schema) -> bool:
+            error = _compile_error(schema | {"x-guidance": place.schema["x-guidance"]})
+            return error is not None and "does not exist" not in error  # a pointer to what was cut off
+
+        for place in self.headers.values():
+            if error := _compile_error(place.schema):
+                return refused(locate(place.schema, place.path, fails), _reason(error))
+        return refused("tools" if self.rules.callees else self.rules.answer_path, _reason(message))
+
+
+def _compile_error(schema: Schema) -> str | None:
+    return LLMatcher.validate_grammar(f"start: %json {json.dumps(schema)}", limits=_LIMITS) or None
+
+
+def refused(path: str, reason: str) -> Exception:
+    return bad_request(f"{path}: the schema cannot be enforced: {reason}.", path, "invalid_json_schema")
+
+
+def _reason(message: str) -> str:
+    """The gist of llguidance's message: neither the grammar nor where in it."""
+    message = re.sub(r"\n +\d+ \| .*", "", message, flags=re.DOTALL).replace("<non-verbose/>", "")
+    message = message.rpartition("failed to compile JSON schema: ")[2]
+    if message.startswith("regex parse error"):
+        message = "the pattern cannot be used: " + message.rpartition("error: ")[2]
+    return " ".join(message.split()).rstrip(".")[:200]
+
+
+def _arguments(parameters: Schema | None) -> Schema:
+    if not parameters:
+        return _NO_ARGUMENTS
+    alternatives = {"type", "$ref", "anyOf", "oneOf", "allOf"} & parameters.keys()
+    return parameters if alternatives else {**parameters, "type": "object"}
+
+
+def _t(token: int) -> str:
+    return f"<[{token}]>"
+
+
+_NEXT = f'{_t(END)} {_t(START)} "assistant"'
+
+
+class _Vocabulary:
+    """What llguidance wants to know of a tokenizer."""
+
+    eos_token_id = _ENDOFTEXT
+    bos_token_id = None
+    special_token_ids = range(FIRST_SPECIAL, VOCABULARY)
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        special = (b"<|%d|>" % token for token in self.special_token_ids)
+        self.tokens = [*map(tokenizer.token_bytes, range(FIRST_SPECIAL)), *special]
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+
+_building = threading.Lock()
+_built: dict[int, tuple[Tokenizer, LLTokenizer]] = {}
+
+
+def llguidance_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
+    """llguidance's form of a tokenizer, built once.
+
+    Building takes seconds, all of which hold the interpreter's lock, so a server does it before it serves.
+    """
+    with _building:
+        known = _built.get(id(tokenizer))
+        if known is None:
+            wrapper = TokenizerWrapper(_Vocabulary(tokenizer))
+            slices = LLTokenizer.json_slices()
+            known = tokenizer, LLTokenizer(wrapper, n_vocab=VOCABULARY, eos_token=_ENDOFTEXT, slices=slices)
+            _built.clear()
+            _built[id(tokenizer)] = known
+        return known[1]
