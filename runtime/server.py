@@ -56,7 +56,8 @@ def serve(
 
     kv_pages: pages of the KV cache, by default as many as the memory holds. max_num_seqs and max_num_batched_tokens
     bound one step; by default the artifact's buckets do. system_date, responses_dialect and allowed_origins are described
-    at ServerOptions, tool_server and search_corpus at ToolServer.load. ssl_certfile (with the key in it or in ssl_keyfile) makes it HTTPS.
+    at ServerOptions, tool_server and search_corpus at ToolServer.load. ssl_certfile (with the key in it or in ssl_keyfile)
+    makes it HTTPS.
     Raises ValueError for an artifact or settings that cannot be served, OSError for an address that cannot be listened
     on, and EngineDiedError.
     """
