@@ -32,20 +32,25 @@ _NOTE = "pack.json"  # a pack's own list of its files
 _TORCH = {"bf16": torch.bfloat16, "fp32": torch.float32, "i32": torch.int32, "u8": torch.uint8}
 
 
+def check_mode(mode: str) -> None:
+    """Raises ValueError for a mode that `add_weights` does not know."""
+    if mode not in ("pack", "link") and not (mode.startswith("random:") and mode[7:].isdecimal()):
+        raise ValueError(f"--weights must be pack, link or random:SEED (a number), found {mode!r}")
+
+
 def add_weights(mode: str, checkpoint: Checkpoint, recipes: Sequence[Sequence[Recipe]],
                 writer: ArtifactWriter, progress: Progress | None = None) -> None:
     """Give an artifact its weights: mode is `pack`, `link` or `random:SEED`; recipes hold one list a rank.
 
     Raises CheckpointError for a weight that is not finite, ValueError for an unknown mode.
     """
+    check_mode(mode)
     if mode == "pack":
         pack(checkpoint, recipes, writer, progress)
     elif mode == "link":
         link(checkpoint, recipes, writer, progress)
-    elif mode.startswith("random:") and mode[7:].isdecimal():
-        writer.set_weights({"mode": "random", "seed": int(mode[7:]), "recipes": _lists(recipes)})
     else:
-        raise ValueError(f"--weights must be pack, link or random:SEED (a number), found {mode!r}")
+        writer.set_weights({"mode": "random", "seed": int(mode[7:]), "recipes": _lists(recipes)})
 
 
 def pack(checkpoint: Checkpoint, recipes: Sequence[Sequence[Recipe]], writer: ArtifactWriter,
