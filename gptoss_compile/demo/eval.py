@@ -128,7 +128,7 @@ def is_valid(arguments: str, name: str, conversation: Conversation) -> bool:
 
 
 def table(outcomes: Sequence[Outcome], repairs: int) -> str:
-    """The accuracy by skill, and the totals, as Markdown."""
+    """The accuracy by skill, and the totals, as Markdown. Every repair counts as an answer that is not well formed."""
     by_skill: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_skill[outcome.skill].append(outcome)
@@ -136,8 +136,9 @@ def table(outcomes: Sequence[Outcome], repairs: int) -> str:
     lines += [f"| {skill} | {len(some)} | {_share(o.right for o in some)} | {_share(o.formed for o in some)} |"
               for skill, some in by_skill.items()]
     mean = sum(sum(o.right for o in some) / len(some) for some in by_skill.values()) / len(by_skill)
+    formed = sum(o.formed for o in outcomes)
     calls = [o for o in outcomes if o.called is not None]
-    facts = [("mean accuracy of the skills", f"{mean:.1%}"), ("well formed", _share(o.formed for o in outcomes)),
+    facts = [("mean accuracy of the skills", f"{mean:.1%}"), ("well formed, needing no repair", f"{max(0, formed - repairs) / len(outcomes):.1%}"),
              ("functions: right name", _share(bool(o.called) for o in calls)),
              ("functions: arguments that fit the schema", _share(bool(o.valid) for o in calls)),
              ("ran into the token limit", _share(o.looped for o in outcomes)), ("repairs by the parser", str(repairs))]
