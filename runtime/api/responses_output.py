@@ -73,7 +73,7 @@ class Output:
     @property
     def exhausted(self) -> bool:
         """Whether the model goes on calling although it was told that it may not."""
-        return self.calls > self._options.max_calls + MAX_REFUSALS
+        return self.calls >= self._options.max_calls + MAX_REFUSALS
 
     @property
     def pages(self) -> Sequence[Page]:
