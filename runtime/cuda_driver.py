@@ -63,6 +63,7 @@ class Device:
         self._held: dict[int, tuple[int, str]] = {}
         self._pinned: list[int] = []
         self._modules: list[Any] = []
+        self._events: list[Any] = []
         self.use()
         self.stream = self.new_stream()
 
@@ -89,6 +90,24 @@ class Device:
     def new_stream(self) -> Any:
         flags = self.api.CUstream_flags.CU_STREAM_NON_BLOCKING
         return self.check(self.api.cuStreamCreate(flags), "creating a stream")
+
+    def new_event(self) -> Any:
+        """An event of this device, which keeps the time at which the stream passes it."""
+        event = self.check(self.api.cuEventCreate(0), "creating an event")
+        self._events.append(event)
+        return event
+
+    def record(self, event: Any) -> None:
+        """Put an event into the stream."""
+        self.check(self.api.cuEventRecord(event, self.stream), "recording an event")
+
+    def wait_for(self, event: Any, doing: str) -> None:
+        """Wait until the stream has passed an event; at once if it was never recorded."""
+        self.check(self.api.cuEventSynchronize(event), doing)
+
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """The time between two events that have passed."""
+        return float(self.check(self.api.cuEventElapsedTime(start, end), "reading the time between events"))
 
     # Memory -------------------------------------------------------------------------------------------------
 
@@ -164,6 +183,8 @@ class Device:
         """Give everything back. The device cannot be used afterwards."""
         self.use()
         self.api.cuStreamSynchronize(self.stream)
+        for event in self._events:
+            self.api.cuEventDestroy(event)
         for module in self._modules:
             self.api.cuModuleUnload(module)
         for address in self._held:

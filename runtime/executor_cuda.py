@@ -91,7 +91,7 @@ class CudaExecutor:
         return self.result(bucket)
 
     def submit(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> None:
-        """Start a step; `inputs` may be overwritten as soon as this returns, but not submitted again before `result`."""
+        """Start a step; `inputs` may be overwritten as soon as this returns. `result` comes before the next step."""
         self._device.use()
         self.upload(bucket, inputs)
         self.graphs[bucket].replay()
@@ -127,6 +127,12 @@ class CudaExecutor:
 
     def capture(self, name: str, steps: Iterable[Iterable[Launch]]) -> Graph:
         return Graph(self._device, name, [launch for step in steps for launch in step])
+
+    @property
+    def weights_range(self) -> tuple[int, int]:
+        """(address, bytes) of all weights together."""
+        first = min(self._places[w.name] for plan in self.plans.values() for w in plan.weights)
+        return first, self._weight_bytes
 
     @property
     def device(self) -> Device:
@@ -173,7 +179,7 @@ class CudaExecutor:
     def read(self, bucket: Bucket, operand: Operand) -> Array:
         """A copy of what is at an operand's place now; bf16 as uint16. A cache comes with all of its pages."""
         self._device.use()
-        operand = self._true_shape(operand)
+        operand = self.true_shape(operand)
         with self._pinned(operand.bytes) as raw:
             self._device.download(raw, self.address(bucket, operand), self._device.stream)
             self._device.synchronize(f"reading {operand.key}")
@@ -182,7 +188,7 @@ class CudaExecutor:
     def write(self, bucket: Bucket, operand: Operand, values: Array) -> None:
         """Put values where an operand lives."""
         self._device.use()
-        operand = self._true_shape(operand)
+        operand = self.true_shape(operand)
         assert (values.shape, values.dtype) == (operand.shape, NUMPY[operand.dtype]), (operand, values.shape)
         with self._pinned(operand.bytes) as raw:
             raw[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
@@ -194,7 +200,8 @@ class CudaExecutor:
         size = max(plan.workspace_bytes for plan in self.plans.values())
         return self.read(self.buckets[0], Operand("workspace", 0, "u8", (size,)))
 
-    def _true_shape(self, operand: Operand) -> Operand:
+    def true_shape(self, operand: Operand) -> Operand:
+        """A cache with as many pages as this executor gave it; any other operand as it is."""
         if operand.place != "cache":
             return operand
         windowed = self.config.windowed[int(str(operand.key).rpartition(".")[2])]
@@ -258,7 +265,7 @@ class CudaExecutor:
             self.config, page_size=self.page_size, window_ring=self.window_ring, max_context=self.max_context,
             item_bytes=caches[0].item_bytes, num_pages=num_pages, max_num_seqs=max_num_seqs,
             memory=max(self._device.free_bytes() - RESERVE, 0))
-        sizes = {str(cache.key): self._true_shape(cache).bytes for cache in caches}
+        sizes = {str(cache.key): self.true_shape(cache).bytes for cache in caches}
         purpose = f"the KV cache ({self.num_pages} pages, {self.num_window_pages} in window layers)"
         at = self._device.allocate(sum(map(_align, sizes.values())), purpose)
         for name, size in sizes.items():
@@ -267,26 +274,43 @@ class CudaExecutor:
 
 
 class _InputBuffer:
-    """A bucket's inputs, side by side: on the device, and pinned on the host, so that one copy takes all."""
+    """A bucket's inputs, side by side: on the device, and twice in pinned memory, so that one copy takes all and the host
+    writes the next step's while this step's are not yet copied."""
 
     def __init__(self, device: Device, plan: LaunchPlan) -> None:
         self._device, self._bucket = device, plan.bucket
         size = sum(_align(operand.bytes) for operand in plan.inputs)
         self._address = device.allocate(size, f"inputs of {plan.bucket}")
-        self._host = device.allocate_pinned(size, f"inputs of {plan.bucket}")
+        self._sides = [_Side(device, plan, size) for _ in range(2)]
+        at = self._address
         self.places: dict[str, int] = {}
-        self._views: dict[str, Array] = {}
-        at = 0
         for operand in plan.inputs:
-            view = self._host[at : at + operand.bytes].view(NUMPY[operand.dtype]).reshape(operand.shape)
-            self.places[str(operand.key)], self._views[str(operand.key)] = self._address + at, view
+            self.places[str(operand.key)] = at
             at += _align(operand.bytes)
 
     def upload(self, inputs: Mapping[str, Ints]) -> None:
-        for name, view in self._views.items():
+        self._sides.reverse()
+        side, device = self._sides[0], self._device
+        device.wait_for(side.copied, f"copying inputs of {self._bucket}")
+        for name, view in side.views.items():
             assert inputs[name].shape == view.shape, (self._bucket, name, inputs[name].shape, view.shape)
             view[...] = inputs[name]
-        self._device.upload(self._address, self._host, self._device.stream)
+        device.upload(self._address, side.memory, device.stream)
+        device.record(side.copied)
+
+
+class _Side:
+    """Pinned memory for a plan's inputs, its views by name, and the event behind the last copy from it."""
+
+    def __init__(self, device: Device, plan: LaunchPlan, size: int) -> None:
+        self.memory = device.allocate_pinned(size, f"inputs of {plan.bucket}")
+        self.copied = device.new_event()
+        self.views: dict[str, Array] = {}
+        at = 0
+        for operand in plan.inputs:
+            raw = self.memory[at : at + operand.bytes]
+            self.views[str(operand.key)] = raw.view(NUMPY[operand.dtype]).reshape(operand.shape)
+            at += _align(operand.bytes)
 
 
 def _binaries(plans: Iterable[LaunchPlan]) -> list[str]:

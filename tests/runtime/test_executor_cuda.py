@@ -98,8 +98,9 @@ def test_a_step_is_three_driver_calls_and_a_wait(executor: CudaExecutor, driver:
     expect(driver, executor, DECODE)
     driver.calls.clear()
     logits = executor.run(DECODE, inputs)
-    assert driver.calls == ["cuCtxSetCurrent", "cuMemcpyHtoDAsync", "cuGraphLaunch", "cuMemcpyDtoHAsync",
-                            "cuStreamSynchronize"]
+    events = ["cuEventSynchronize", "cuEventRecord"]
+    assert [name for name in driver.calls if name not in events] == [
+        "cuCtxSetCurrent", "cuMemcpyHtoDAsync", "cuGraphLaunch", "cuMemcpyDtoHAsync", "cuStreamSynchronize"]
     assert logits.shape == (3, CONFIG.vocab_size) and logits.dtype == np.float32
 
 

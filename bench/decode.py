@@ -1,0 +1,207 @@
+"""How fast artifacts decode on the GPU here, beside what must move and what a pure read of as many bytes takes.
+
+    python bench/decode.py ARTIFACT... [--batches 1,8,32,128] [--contexts 1024,8192,65536] [--read build/bench/read]
+
+Steps follow one another on the device (`advance` takes the likeliest token), so nothing waits for the host. Caches hold
+random values, sequences differ, and the experts that are counted are those that were chosen. Three yardsticks, of kernels
+that only read (see read_kernel.py): `chain`, one for each kernel of the step, experts read behind the router; `early`, the
+same but nothing waits; `bytes`, one kernel for all. `share`: what each operator costs, by running it twice (first with
+another layer's weights). Tables, then one JSON line. Needs neither PyTorch nor Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gpu import (
+    Inputs,
+    Yardstick,
+    decode_inputs,
+    fill_caches,
+    fits,
+    replays_for,
+    seen_experts,
+    step_bytes,
+    time_replays,
+    touched_experts,
+)
+
+from gptoss_compile.artifact import Artifact
+from gptoss_compile.config import Bucket
+from gptoss_compile.launch_plan import Operand, Step
+from gptoss_compile.runtime.cuda_driver import CudaError
+from gptoss_compile.runtime.executor_cuda import CudaExecutor
+from gptoss_compile.runtime.generate import Generator
+
+STEPS = 64  # of a sequence, at most, that are timed in one go
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT")
+    parser.add_argument("--batches", type=numbers, default=numbers("1,8,32,128"))
+    parser.add_argument("--contexts", type=numbers, default=numbers("1024,8192,65536"))
+    parser.add_argument("--read", type=Path, default=Path("build/bench/read"), metavar="DIR", help="kernels that read")
+    options = parser.parse_args()
+    results = []
+    for path in options.artifacts:
+        try:
+            results.append(measure(path, options.batches, options.contexts, options.read))
+        except (ValueError, OSError) as error:
+            print(f"decode: error: {path}: {error}", file=sys.stderr)
+            results.append({"artifact": path.name, "error": str(error)})
+    imported = sorted({"torch", "triton"} & set(sys.modules))
+    print(json.dumps({"bench": "decode", "imported": imported, "artifacts": results}))
+    return int(any("error" in r for r in results))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def measure(path: Path, batches: Sequence[int], contexts: Sequence[int], read: Path) -> dict[str, Any]:
+    """Every batch and context that the artifact has and the memory holds."""
+    start = time.perf_counter()
+    artifact = Artifact.open(path)
+    executor = CudaExecutor.load(artifact, num_pages=None, max_num_seqs=max(batches))
+    load = time.perf_counter() - start
+    result: dict[str, Any] = {"artifact": path.name, "gpu": executor.device_name, "load_s": round(load, 2), "rows": [],
+                              "left_out": [], "shares": []}
+    try:
+        print(f"\n{path.name} on {executor.device_name}: loaded in {load:.1f} s, {executor.num_pages - 1} KV pages")
+        fill_caches(executor, Generator(artifact, executor.device))
+        yardstick = Yardstick(executor, read)
+        print(f"  {'batch':>5} {'context':>7} {'ms':>8} {'tok/s':>8} {'GB':>7} {'TB/s':>5}  {'experts':>11}"
+              f"  {'chain':>13}  {'early':>13}  {'bytes':>13}  {'host us':>7}")
+        for bucket in (b for b in artifact.buckets if b.kind == "decode" and b.tokens in batches):
+            for context in contexts:
+                if not fits(executor, bucket.tokens, context, STEPS):
+                    result["left_out"].append([bucket.tokens, context])
+                    continue
+                try:
+                    row = one_row(executor, yardstick, bucket, context)
+                except CudaError as error:
+                    raise CudaError(f"batch {bucket.tokens}, context {context}: {error}") from None
+                result["rows"].append(row)
+                show_row(row)
+        for batch, context in result["left_out"]:
+            print(f"  {batch:5} {context:7} left out: the KV pages do not suffice")
+        for bucket in (b for b in artifact.buckets if b.kind == "decode" and b.tokens in batches):
+            if fits(executor, bucket.tokens, min(contexts), STEPS):
+                result["shares"].append(shares(executor, bucket, min(contexts)))
+                show_shares(result["shares"][-1])
+    except CudaError as error:
+        print(f"decode: error: {path}: {error}", file=sys.stderr)
+        result["error"] = str(error)
+    finally:
+        executor.close()
+    return result
+
+
+def one_row(executor: CudaExecutor, yardstick: Yardstick, bucket: Bucket, context: int) -> dict[str, Any]:
+    inputs = decode_inputs(executor, bucket, context, STEPS)
+    graph = executor.greedy(bucket)
+    once = time_replays(executor, graph.replay, 2, 1, lambda: executor.upload(bucket, inputs)).ms
+    timing = time_replays(executor, graph.replay, replays_for(once, STEPS), 5, lambda: executor.upload(bucket, inputs))
+    for name in ("tokens", "positions"):  # as the last steps left them
+        inputs[name] = executor.read(bucket, next(o for o in executor.plans[bucket].inputs if o.key == name))
+    experts, config = seen_experts(executor, bucket, inputs), executor.config
+    plan = executor.plans[bucket]
+    sizes = [(step_bytes(config, step, context, experts), step.op.startswith("moe_gate_up")) for step in plan.steps]
+    total = sum(size for size, _ in sizes)
+    whole = {"chain": yardstick.chain(sizes), "early": yardstick.chain((size, False) for size, _ in sizes),
+             "bytes": yardstick.chain([(total, False)])}
+    return {"batch": bucket.tokens, "context": context, "ms": round(timing.ms, 4), "best_ms": round(timing.best, 4),
+            "tok_s": round(bucket.tokens / timing.ms * 1e3, 1), "bytes": total, "tb_s": round(total / timing.ms / 1e9, 3),
+            "experts": round(experts, 1),
+            "experts_expected": round(touched_experts(config.num_experts, bucket.tokens * config.experts_per_token), 1),
+            "yardsticks": whole, "ratio": {name: round(found["ms"] / timing.ms, 3) for name, found in whole.items()},
+            "host_us": host_microseconds(executor, bucket, inputs)}
+
+
+def host_microseconds(executor: CudaExecutor, bucket: Bucket, inputs: Inputs, times: int = 60) -> dict[str, float]:
+    """What a served step costs the host: all of `submit`, the graph launch in it, and what is left. The GPU is idle."""
+    calls: dict[str, Callable[[], None]] = {
+        "submit": lambda: executor.submit(bucket, inputs), "replay": executor.graphs[bucket].replay,
+        "upload": lambda: executor.upload(bucket, inputs)}
+    found = {}
+    for name, call in calls.items():
+        seconds = []
+        for _ in range(times):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+            executor.device.synchronize("timing the host")
+        found[name] = round(statistics.median(seconds) * 1e6, 1)
+    return {**found, "outside": round(found["submit"] - found["replay"], 1)}
+
+
+def show_row(row: dict[str, Any]) -> None:
+    yardsticks = "  ".join(f"{found['ms']:7.3f} {row['ratio'][name]:5.3f}" for name, found in row["yardsticks"].items())
+    print(f"  {row['batch']:5} {row['context']:7} {row['ms']:8.3f} {row['tok_s']:8.0f} {row['bytes'] / 1e9:7.2f}"
+          f" {row['tb_s']:5.2f}  {row['experts']:5.1f}/{row['experts_expected']:5.1f}  {yardsticks}"
+          f"  {row['host_us']['outside']:7.1f}", flush=True)
+
+
+def shares(executor: CudaExecutor, bucket: Bucket, context: int) -> dict[str, Any]:
+    """What each operator's kernels cost in the step: the step with them twice, less the step. Microseconds a kernel."""
+    inputs = decode_inputs(executor, bucket, context, STEPS)
+    config, steps = executor.config, executor.plans[bucket].steps
+    experts = touched_experts(config.num_experts, bucket.tokens * config.experts_per_token)
+
+    def timed(op: str | None) -> float:
+        prepared = []
+        for step in steps:
+            if step.op == op:
+                prepared += executor.prepare(bucket, [other_weights(step, config.num_layers)])
+            prepared += executor.prepare(bucket, [step])
+        graph = executor.capture(f"{bucket} with {op} twice", prepared)
+        once = time_replays(executor, graph.replay, 2, 1).ms
+        ms = time_replays(executor, graph.replay, replays_for(once, STEPS, 0.06), 3).ms
+        graph.close()
+        return ms
+
+    executor.device.use()
+    executor.upload(bucket, inputs)
+    whole = timed(None)
+    found = []
+    for op in dict.fromkeys(step.op for step in steps):
+        count = sum(step.op == op for step in steps)
+        us = (timed(op) - whole) * 1e3
+        moved = sum(step_bytes(config, step, context, experts) for step in steps if step.op == op)
+        found.append({"op": op, "count": count, "us": round(us / count, 2), "share": round(us / whole / 1e3, 4),
+                      "tb_s": round(moved / us / 1e6, 2) if us > 0 else None})
+    return {"batch": bucket.tokens, "context": context, "ms": round(whole, 4), "ops": found}
+
+
+def other_weights(step: Step, layers: int) -> Step:
+    """The step with the weights of the layer half the model away, which no cache holds."""
+
+    def other(value: Any) -> Any:
+        if not (isinstance(value, Operand) and value.place == "weight" and str(value.key).startswith("layers.")):
+            return value
+        _, layer, name = str(value.key).split(".", 2)
+        return replace(value, key=f"layers.{(int(layer) + layers // 2) % layers}.{name}")
+
+    return replace(step, operands={name: other(value) for name, value in step.operands.items()})
+
+
+def show_shares(found: dict[str, Any]) -> None:
+    print(f"\n  batch {found['batch']}, context {found['context']}: {found['ms']:.3f} ms without `advance`")
+    print(f"  {'operator':24} {'kernels':>7} {'us each':>8} {'share':>6} {'TB/s':>5}")
+    for op in sorted(found["ops"], key=lambda op: -op["share"]):
+        speed = "    -" if op["tb_s"] is None else f"{op['tb_s']:5.2f}"
+        print(f"  {op['op']:24} {op['count']:7} {op['us']:8.2f} {op['share']:6.1%} {speed}")
+    print(f"  {'sum':24} {'':7} {'':8} {sum(op['share'] for op in found['ops']):6.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""From nothing to the first token, phase by phase, each artifact in a process of its own.
+
+    python bench/startup.py ARTIFACT... [--max-num-seqs 128]
+
+The clock starts before the interpreter does. `verify` hashes every file of the artifact; `first token` is a prompt of eight
+tokens through the smallest extend bucket. A table, then one JSON line. Needs neither PyTorch nor Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT = 8  # tokens
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT")
+    parser.add_argument("--max-num-seqs", type=int, default=128)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)  # in the process that is measured
+    options = parser.parse_args()
+    if options.started is not None:
+        print(json.dumps(measure(options.artifacts[0], options.max_num_seqs, options.started)))
+        return 0
+    results = []
+    for path in options.artifacts:
+        command = [sys.executable, __file__, str(path), f"--max-num-seqs={options.max_num_seqs}", f"--started={time.time()}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            results.append({"artifact": path.name, "error": done.stderr.strip().splitlines()[-1]})
+            continue
+        results.append(json.loads(done.stdout))
+        show(results[-1])
+    print(json.dumps({"bench": "startup", "artifacts": results}))
+    return int(any("error" in r for r in results))
+
+
+def measure(path: Path, max_num_seqs: int, started: float) -> dict[str, Any]:
+    """Seconds of each phase, in order."""
+    phases: dict[str, float] = {}
+    last = started
+
+    def phase(name: str) -> None:
+        nonlocal last
+        now = time.time()
+        phases[name] = now - last
+        last = now
+
+    import numpy as np
+
+    from gptoss_compile.artifact import Artifact
+    from gptoss_compile.runtime.cuda_driver import Device
+    from gptoss_compile.runtime.executor_cuda import CudaExecutor
+
+    phase("interpreter and imports")
+    artifact = Artifact.open(path)
+    phase("verify")
+    device = Device.open(artifact.target)
+    phase("open the GPU")
+    executor = CudaExecutor(artifact, device, None, max_num_seqs)
+    total = time.time() - last
+    phases |= executor.seconds
+    last += sum(executor.seconds.values())
+    phase("plans and launches")
+    bucket = min((b for b in artifact.buckets if b.kind == "extend"), key=lambda b: b.tokens)
+    inputs = {str(o.key): np.zeros(o.shape, np.int32) for o in executor.plans[bucket].inputs}
+    inputs["positions"][:] = -1
+    inputs["positions"][:PROMPT], inputs["tokens"][:PROMPT], inputs["rows"][0] = range(PROMPT), range(PROMPT), PROMPT - 1
+    inputs["full_table"][0, 0] = inputs["window_table"][0, 0] = 1
+    last = time.time()
+    token = int(executor.run(bucket, inputs)[0].argmax())
+    phase("first token")
+    name, pages, graphs = executor.device_name, executor.num_pages - 1, len(executor.graphs)
+    executor.close()
+    captures = [seconds for phase, seconds in executor.seconds.items() if phase.startswith("capture")]
+    return {"artifact": path.name, "gpu": name, "weights": artifact.weights, "kv_pages": pages, "graphs": graphs,
+            "seconds": {name: round(seconds, 4) for name, seconds in phases.items()}, "load_s": round(total, 3),
+            "worst_capture_ms": round(max(captures) * 1e3, 2), "token": token, "total_s": round(sum(phases.values()), 3),
+            "imported": sorted({"torch", "triton"} & set(sys.modules))}
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"\n{result['artifact']} ({result['weights']}) on {result['gpu']}: artifact to first token "
+          f"{result['total_s']:.2f} s, {result['kv_pages']} KV pages")
+    for name, seconds in result["seconds"].items():
+        print(f"  {name:28} {seconds * 1e3:9.1f} ms")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
