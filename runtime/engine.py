@@ -230,6 +230,9 @@ class Engine:
         answers = [self._sample(chunk, logits, row) for chunk, row in rows]
         committed = self._scheduler.commit(step, [answer.token for answer in answers])
         finished = {f.request.request_id: f for f in committed}
+        for request in (chunk.sequence.request for chunk in step.chunks if chunk.samples):
+            if request.logits_processor and request.request_id not in finished:
+                request.logits_processor.prepare(request.generated)
         answers = [a for a in answers if a.token is not None or a.request_id in finished]
         self._count(answers)
         self._publish()

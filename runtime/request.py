@@ -11,18 +11,25 @@ next, so a transition that does not exist cannot be written:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from gptoss_compile.runtime.executor import Floats
 from gptoss_compile.runtime.kv_cache import SequencePages
 from gptoss_compile.runtime.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
-LogitsProcessor = Callable[[Sequence[int], Floats], None]
-"""Called before every choice with the ids generated so far and a copy of the logits, which it changes in
-place (-inf forbids an id). It must depend on its arguments alone and must not raise."""
+
+
+class LogitsProcessor(Protocol):
+    """Changes the logits of one request. What it does must depend on its arguments alone; it must not raise."""
+
+    def __call__(self, generated: Sequence[int], scores_V: Floats) -> None:
+        """Before every choice, with the ids generated so far and a copy of the logits to change (-inf forbids an id)."""
+
+    def prepare(self, generated: Sequence[int]) -> None:
+        """After every choice, as early as the ids of the next call are known: work may begin elsewhere. Returns at once."""
 
 
 @dataclass(eq=False)

@@ -17,6 +17,7 @@ import uvicorn
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.runtime.api.app import build_app
+from gptoss_compile.runtime.api.grammar import llguidance_tokenizer
 from gptoss_compile.runtime.api.logs import configure
 from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.protocol import HEAD_BYTES, LimitedProtocol
@@ -76,6 +77,9 @@ def serve(
     tools = ToolServer.load(tool_server, search_corpus)
     with closing(_listen(host, port)) as listener:
         tokenizer = Tokenizer.load(artifact.file(f"tokenizer/{FILE}").parent) if artifact.has_tokenizer else None
+        grammars = threading.Thread(target=llguidance_tokenizer, args=(tokenizer,), daemon=True)
+        if tokenizer:
+            grammars.start()  # takes seconds, in which nothing could be served
         executor = load_executor(artifact, num_pages=kv_pages, max_num_seqs=sequences)
         engine = Engine(
             executor,
@@ -86,6 +90,8 @@ def serve(
         )
         engine.start()
         try:
+            if tokenizer:
+                grammars.join()
             run(engine, tokenizer, options, listener, tools, ssl_certfile=ssl_certfile, ssl_keyfile=ssl_keyfile)
         finally:
             engine.shutdown(drain=False)

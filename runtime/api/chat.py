@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -12,14 +13,14 @@ from starlette.responses import JSONResponse, Response
 
 from gptoss_compile.runtime.api.chat_prompt import chat_prompt
 from gptoss_compile.runtime.api.choice import Choice
-from gptoss_compile.runtime.api.errors import ApiError, bad_request, context_exceeded
+from gptoss_compile.runtime.api.errors import ApiError, context_exceeded
 from gptoss_compile.runtime.api.generation import Answers, Context, Submission, Usage
 from gptoss_compile.runtime.api.harmony import STOP_IDS
 from gptoss_compile.runtime.api.http import EventStream, event, read_json, until_disconnect
 from gptoss_compile.runtime.api.render import render
-from gptoss_compile.runtime.api.schemas import ChatBody, NamedTool
+from gptoss_compile.runtime.api.schemas import ChatBody
 from gptoss_compile.runtime.api.tokenizer import TooLongError
-from gptoss_compile.runtime.api.tools import ForcedCall
+from gptoss_compile.runtime.api.turn_rules import chat_format, chat_rules
 from gptoss_compile.runtime.outputs import RequestOutput
 
 
@@ -41,12 +42,6 @@ class Chat:
             "created": int(time.time()),
             "model": context.served(body.model),
         }
-        if body.response_format and body.response_format.type != "text":
-            raise bad_request(
-                f"response_format {body.response_format.type} cannot be enforced yet.",
-                "response_format",
-                "unsupported_value",
-            )
         self.tokenizer = context.text_tokenizer()
         self.prompt: list[int] = []
         self.choices: list[Choice] = []
@@ -56,6 +51,9 @@ class Chat:
         """Render the prompt and submit it n times. Raises ApiError."""
         body = self.body
         prompt = chat_prompt(body, self.context.options, self.context.calls)
+        if answer := chat_format(body):
+            prompt = replace(prompt, answer_format=answer.text)
+        grammars = await self.context.turn_grammars(chat_rules(body, prompt.tools, answer), body.n or 1)
         limit = self.context.prompt_limit(None)
         try:
             self.prompt = await render(self.tokenizer, prompt, limit)
@@ -63,14 +61,13 @@ class Chat:
             raise context_exceeded(error.tokens, limit, "messages") from None
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        processor = self._forced()
         answers = Answers(self.context, "messages")
         await answers.submit(
             [
                 Submission(
-                    self.prompt, body.params(i, max_tokens=max_tokens, logprobs=logprobs, stop_ids=STOP_IDS), processor
+                    self.prompt, body.params(i, max_tokens=max_tokens, logprobs=logprobs, stop_ids=STOP_IDS), grammar
                 )
-                for i in range(body.n or 1)
+                for i, grammar in enumerate(grammars)
             ],
             priority=body.priority or 0,
             cache_salt=body.cache_salt,
@@ -79,14 +76,6 @@ class Chat:
         self.choices = [Choice(self.tokenizer, body, i, names) for i in range(body.n or 1)]
         self.usage.prompt = len(self.prompt)
         return answers
-
-    def _forced(self) -> ForcedCall | None:
-        choice = self.body.tool_choice
-        if isinstance(choice, NamedTool):
-            return ForcedCall(self.tokenizer, [choice.function.name])
-        if choice == "required":
-            return ForcedCall(self.tokenizer, [tool.function.name for tool in self.body.tools or ()])
-        return None
 
     def _advance(self, answers: Answers, index: int, output: RequestOutput) -> list[dict[str, Any]]:
         """Take in what is new; what it adds to the choice as `delta`s of a stream."""

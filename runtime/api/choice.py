@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gptoss_compile.runtime.api.harmony import Event, HarmonyParser, Message
+from gptoss_compile.runtime.api.harmony import STOP_IDS, Event, HarmonyParser, Message
 from gptoss_compile.runtime.api.logprobs import LogprobNames
 from gptoss_compile.runtime.api.render import Turn
 from gptoss_compile.runtime.api.schemas import ChatBody
@@ -37,6 +37,7 @@ class Choice:
         self._shown: dict[str, Message] = {}  # content, reasoning -> the message last written there
         self.reasoning_tokens = 0
         self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None  # the stop string or id that cut the answer short
 
     @property
     def tokens(self) -> int:
@@ -52,7 +53,7 @@ class Choice:
         for i, token in enumerate(output.token_ids):
             chunks += self._token(token, output.logprobs[i] if output.logprobs else None)
             if self._stops.matched is not None:
-                self.finish_reason = "stop"
+                self.finish_reason, self.stop_reason = "stop", self._stops.matched
                 break
         if output.finish_reason and not self.finish_reason:
             chunks += [chunk for each in self._parser.finish() for chunk in self._event(each, None)]
@@ -60,8 +61,10 @@ class Choice:
                 chunks.append(self._say("content", rest))
             called = bool(self._calls) and all(call.complete for call in self._calls)
             self.finish_reason = "tool_calls" if called else output.finish_reason
+            if output.stop_id not in (None, *STOP_IDS):
+                self.stop_reason = output.stop_id
         if self.finish_reason:
-            chunks.append(self.chunk({}) | {"finish_reason": self.finish_reason})
+            chunks.append(self.chunk({}) | self._finish)
         return chunks
 
     @property
@@ -71,6 +74,11 @@ class Choice:
     @property
     def turns(self) -> list[Turn]:
         return [as_turn(message, self._tools) for message in self._parser.messages]
+
+    @property
+    def _finish(self) -> dict[str, Any]:
+        reason = {} if self.stop_reason is None else {"stop_reason": self.stop_reason}
+        return {"finish_reason": self.finish_reason, **reason}
 
     def whole(self) -> dict[str, Any]:
         content = "".join(self._content)
@@ -89,7 +97,7 @@ class Choice:
         choice = {
             "index": self._index,
             "message": message,
-            "finish_reason": self.finish_reason,
+            **self._finish,
             "logprobs": {"content": self._logprobs, "refusal": None} if self._body.logprobs else None,
         }
         return choice | ({"token_ids": self._token_ids} if self._body.return_token_ids else {})

@@ -6,10 +6,12 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
 from gptoss_compile.runtime.api.errors import ApiError, bad_request, context_exceeded, unavailable
+from gptoss_compile.runtime.api.grammar import Grammars, TurnGrammar, TurnRules
 from gptoss_compile.runtime.api.metrics import Metrics, Timer
 from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.responses_store import ResponseStore
@@ -19,7 +21,6 @@ from gptoss_compile.runtime.api.tool_server.server import ToolServer
 from gptoss_compile.runtime.api.tools import CallMemory
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput
-from gptoss_compile.runtime.request import LogitsProcessor
 from gptoss_compile.runtime.sampling_params import RequestError, SamplingParams
 
 _LARGE = 10_000  # tokens of a prompt whose submission would hold up the event loop
@@ -58,6 +59,14 @@ class Context:
             code="model_not_found",
         )
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self.text_tokenizer())
+
+    async def turn_grammars(self, rules: TurnRules | None, count: int = 1) -> Sequence[TurnGrammar | None]:
+        """One for each of `count` answers. Raises ApiError for rules that cannot be enforced."""
+        return [None] * count if rules is None else await asyncio.to_thread(self.grammars.compile, rules, count)
+
     def prompt_limit(self, max_tokens: int | None) -> int:
         """The longest prompt that leaves room for one token, if one is wanted."""
         return self.engine.max_model_len - (max_tokens != 0)
@@ -67,7 +76,7 @@ class Context:
 class Submission:
     prompt: Sequence[int]
     params: SamplingParams
-    logits_processor: LogitsProcessor | None = None
+    grammar: TurnGrammar | None = None
 
 
 class Answers:
@@ -77,6 +86,7 @@ class Answers:
         self._context = context
         self._param = param
         self._handles: list[RequestHandle] = []
+        self._grammars: list[TurnGrammar | None] = []
         self._timers: list[Timer] = []
         self._readers: list[asyncio.Task[None]] = []
         self._queue: asyncio.Queue[tuple[int, RequestOutput | EngineError]] = asyncio.Queue()
@@ -105,7 +115,7 @@ class Answers:
                 request_id=f"req-{secrets.token_hex(12)}",
                 priority=priority,
                 cache_salt=cache_salt,
-                logits_processor=submission.logits_processor,
+                logits_processor=submission.grammar,
             )
 
         try:
@@ -116,6 +126,7 @@ class Answers:
             raise unavailable(f"{error}.") from None
         self._open.add(len(self._handles))
         self._handles.append(handle)
+        self._grammars.append(submission.grammar)
         self._timers.append(Timer(self._context.metrics, len(submission.prompt)))
 
     async def __aenter__(self) -> Answers:
@@ -140,7 +151,10 @@ class Answers:
             self._timers[index].done()
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """(index of the submission, what is new), until all have ended. Raises ApiError 503 if the engine fails."""
+        """(index of the submission, what is new), until all have ended.
+
+        Raises ApiError 503 if the engine fails, 400 if a grammar does.
+        """
         self._readers = [asyncio.create_task(self._read(i, handle)) for i, handle in enumerate(self._handles)]
         while self._open:
             index, output = await self._queue.get()
@@ -150,6 +164,8 @@ class Answers:
                 raise unavailable(f"{output}.")
             if output.finish_reason == "abort":
                 raise unavailable("The engine ended the request: the server is shutting down.")
+            if (grammar := self._grammars[index]) and grammar.error:
+                raise bad_request(f"The schema became too complex to enforce: {grammar.error}.", code="invalid_json_schema")
             self._timers[index].tokens(len(output.token_ids))
             if output.finish_reason:
                 self._open.discard(index)

@@ -6,8 +6,9 @@
     calls   = call { <|end|><|start|>assistant call } <|call|>
     call    = <|channel|>commentary to=functions.NAME <|constrain|>json<|message|> JSON by the function's parameters
 
-The header of a call may also name the recipient before the channel. A turn that must call has no answer, one whose answer
-is JSON has no preamble (its text would stand before the JSON), and without parallel calls there is one call.
+The header of a call may also name the recipient before the channel, and the channel may be analysis. A turn that must call
+has no answer, one whose answer is JSON has no preamble (its text would stand before the JSON), and without parallel calls
+there is one call.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from gptoss_compile.runtime.api.errors import bad_request
+from gptoss_compile.runtime.api.errors import ApiError, bad_request
 from gptoss_compile.runtime.api.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
 from gptoss_compile.runtime.api.json_schema import Budget, Schema, SchemaError, enforceable, locate
 from gptoss_compile.runtime.api.tokenizer import FIRST_SPECIAL, VOCABULARY, Tokenizer
@@ -35,6 +35,8 @@ from gptoss_compile.runtime.executor import Floats
 ANY_OBJECT: Schema = {"type": "object"}
 _NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
 _LIMITS = LLParserLimits(max_grammar_size=100_000, verbose_errors=False)
+_OPTIONAL = "functions."  # in recipients, which the model at times leaves out
+_SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}  # more could go on for ever
 _ENDOFTEXT = 199999  # llguidance's end; a turn ends before it, with <|return|> or <|call|>
 
 
@@ -165,26 +167,24 @@ class _Source:
         budget = Budget()
         lines = [
             "start: opening* (" + ("calls" if rules.must_call else "answer | calls" if rules.callees else "answer") + ")",
-            f'opening: {_t(CHANNEL)} ({"analysis" if rules.answer is not None else "(analysis | commentary)"}) {_t(MESSAGE)} '
-            f"TEXT {_NEXT}",
+            f"opening: {_t(CHANNEL)} {'analysis' if rules.answer else '(analysis | commentary)'} {_t(MESSAGE)} TEXT {_NEXT}",
             'analysis: "analysis"',
             'commentary: "commentary"',
-            f'json_type: " "? {_t(CONSTRAIN)} "json" | " json"',
+            f'content_type: " "? {_t(CONSTRAIN)} ("json" | "code") | " json" | " code"',
             "TEXT: /(?s:.*)/",
         ]
         if not rules.must_call:
-            lines.append(f'answer: {_t(CHANNEL)} "final" json_type? {_t(MESSAGE)} answer_body {_t(RETURN)}')
+            lines.append(f'answer: {_t(CHANNEL)} "final" content_type? {_t(MESSAGE)} answer_body {_t(RETURN)}')
             lines.append("answer_body: " + self._body(rules.answer, rules.answer_path, True, ("", "final"), budget))
         if rules.callees:
             more = f"({_NEXT} call)*" if rules.parallel else ""
             lines.append(f"calls: call {more} {_t(CALL)}")
             lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(rules.callees))))
         for i, callee in enumerate(rules.callees):
-            to = f'" to={callee.recipient}"'
-            channel = "(commentary | analysis)"
-            lines.append(
-                f"call_{i}: ({to} {_t(CHANNEL)} {channel} | {_t(CHANNEL)} {channel} {to}) json_type? {_t(MESSAGE)} body_{i}"
-            )
+            name = callee.recipient.removeprefix(_OPTIONAL)
+            to = '" to="' + (f' "{_OPTIONAL}"?' if name != callee.recipient else "") + f' "{name}"'
+            channel = f"{_t(CHANNEL)} (commentary | analysis)"
+            lines.append(f"call_{i}: ({to} {channel} | {channel} {to}) content_type? {_t(MESSAGE)} body_{i}")
             header = (f" to={callee.recipient}", "commentary")
             parameters = None if callee.text else _arguments(callee.parameters)
             lines.append(f"body_{i}: " + self._body(parameters, callee.path, callee.strict, header, budget))
@@ -197,12 +197,12 @@ class _Source:
             schema = enforceable(schema, path, budget)
         except SchemaError as error:
             raise refused(error.path, str(error).removeprefix(f"{error.path}: ")) from None
-        options = {"whitespace_flexible": False} | ({} if strict else {"lenient": True, "coerce_one_of": True})
+        options = _SPACING | ({} if strict else {"lenient": True, "coerce_one_of": True})
         schema = {**schema, "x-guidance": options}
         self.headers[header] = _Place(path, schema)
         return f"%json {json.dumps(schema)}"
 
-    def refusal(self, message: str) -> Exception:
+    def refusal(self, message: str) -> ApiError:
         """What to answer when llguidance refuses the whole: the part of a schema that it refuses by itself, too."""
 
         def fails(schema: Schema) -> bool:
@@ -219,13 +219,13 @@ def _compile_error(schema: Schema) -> str | None:
     return LLMatcher.validate_grammar(f"start: %json {json.dumps(schema)}", limits=_LIMITS) or None
 
 
-def refused(path: str, reason: str) -> Exception:
-    return bad_request(f"{path}: the schema cannot be enforced: {reason}.", path, "invalid_json_schema")
+def refused(path: str, reason: str) -> ApiError:
+    return bad_request(f"{path} cannot be enforced: {reason}.", path, "invalid_json_schema")
 
 
 def _reason(message: str) -> str:
     """The gist of llguidance's message: neither the grammar nor where in it."""
-    message = re.sub(r"\n +\d+ \| .*", "", message, flags=re.DOTALL).replace("<non-verbose/>", "")
+    message = re.sub(r"(\n +\d+ \| |<state>).*", "", message, flags=re.DOTALL).replace("<non-verbose/>", "")
     message = message.rpartition("failed to compile JSON schema: ")[2]
     if message.startswith("regex parse error"):
         message = "the pattern cannot be used: " + message.rpartition("error: ")[2]

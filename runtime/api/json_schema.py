@@ -67,17 +67,17 @@ def enforceable(schema: Any, path: str, budget: Budget) -> Schema:
     _measure(schema, path, budget, 0)
     if not isinstance(schema, dict):
         raise SchemaError(path, "a schema must be an object")
-    schema = deepcopy(schema)
-    nodes = list(_walk(schema, path))
-    merge = _Merge(schema)
+    copy: Schema = deepcopy(schema)
+    nodes = list(_walk(copy, path))
+    merge = _Merge(copy)
     for where, node in nodes:
         _check(node, where, budget)
         merge.check(node, where)
     if not any(_COMBINING & node.keys() and node.keys() - _ANNOTATIONS - {"$ref", "anyOf", "oneOf"} for _, node in nodes):
         for _, node in nodes:
             _close(node)
-    schema.pop("$schema", None)
-    return schema
+    copy.pop("$schema", None)
+    return copy
 
 
 def children(schema: Schema) -> Iterator[tuple[str, Any]]:
@@ -95,7 +95,7 @@ def children(schema: Schema) -> Iterator[tuple[str, Any]]:
 
 def locate(schema: Schema, path: str, fails: Callable[[Schema], bool]) -> str:
     """The path of a smallest part that fails by itself, given a schema that does."""
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    shared: Schema = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     attempts = 100
 
     def descend(node: Schema, path: str) -> str:
@@ -203,6 +203,7 @@ def _close(node: Schema) -> None:
     """Allow no properties but the listed ones, where nothing is said about others."""
     properties, required = node.get("properties"), node.get("required", [])
     said = {"additionalProperties", "patternProperties", "unevaluatedProperties", "minProperties"} & node.keys()
-    if isinstance(properties, dict) and isinstance(required, list) and not said:
-        if all(isinstance(name, str) and name in properties for name in required):
-            node["additionalProperties"] = False
+    if not (isinstance(properties, dict) and isinstance(required, list)) or said:
+        return
+    if all(isinstance(name, str) and name in properties for name in required):
+        node["additionalProperties"] = False

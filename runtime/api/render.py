@@ -28,6 +28,7 @@ from openai_harmony import Message as LibraryMessage
 
 from gptoss_compile.runtime.api.errors import bad_request
 from gptoss_compile.runtime.api.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, START
+from gptoss_compile.runtime.api.schema_text import tool_schema
 from gptoss_compile.runtime.api.tokenizer import Tokenizer, TooLongError
 
 Effort = Literal["low", "medium", "high"]
@@ -83,22 +84,27 @@ class Turn:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Everything a prompt is made of. date: `Current date`, today's if None. namespaces: the server's own tools."""
+    """Everything a prompt is made of.
+
+    date: `Current date`, today's if None. namespaces: the server's own tools. answer_format: what the final message must
+    be, as `schema_text.format_text` puts it.
+    """
 
     turns: Sequence[Turn]
     tools: Sequence[FunctionTool] = ()
     effort: Effort = "medium"
     date: str | None = None
     namespaces: Sequence[ToolNamespaceConfig] = ()
+    answer_format: str = ""
 
 
 async def render(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> list[int]:
     """Token ids of the prompt, ending where the assistant begins to write. Raises TooLongError beyond `limit`."""
     ids = await asyncio.to_thread(_system, tokenizer, prompt) if prompt.namespaces else _system(tokenizer, prompt)
     turns = drop_old_reasoning(prompt.turns)
-    if prompt.tools and not any(turn.role == "developer" for turn in turns):
+    if (prompt.tools or prompt.answer_format) and not any(turn.role == "developer" for turn in turns):
         turns = [Turn("developer"), *turns]
-    tools = prompt.tools
+    tools, answer_format = prompt.tools, prompt.answer_format  # shown once, in the first developer message
     for turn in turns:
         if turn.role == "developer":
             text = (
@@ -106,7 +112,8 @@ async def render(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> list[int]:
                 if tools
                 else _developer_text(tokenizer, turn.text, ())
             )
-            tools = ()  # shown once, in the first developer message
+            text = "\n\n".join(part for part in (text, answer_format) if part)
+            tools, answer_format = (), ""
             ids += [START, *tokenizer.encode("developer"), MESSAGE, *await tokenizer.encode_async(text, limit), END]
         else:
             ids += await _message(tokenizer, turn, limit)
@@ -173,7 +180,7 @@ def _developer_text(tokenizer: Tokenizer, instructions: str, tools: Sequence[Fun
         content = content.with_instructions(_PLACE)
     if tools:
         content = content.with_function_tools(
-            [ToolDescription.new(tool.name, tool.description, for_display(tool.parameters)) for tool in tools]
+            [ToolDescription.new(tool.name, tool.description, tool_schema(tool.parameters)) for tool in tools]
         )
     message = LibraryMessage(author=Author(role=Role.DEVELOPER), content=[content])
     try:
@@ -181,47 +188,3 @@ def _developer_text(tokenizer: Tokenizer, instructions: str, tools: Sequence[Fun
     except (HarmonyError, ValueError) as error:
         raise bad_request(f"The tools cannot be shown to the model: {str(error)[:200]}", "tools") from None
     return tokenizer.decode(ids[ids.index(MESSAGE) + 1 :]).replace(_PLACE, instructions, 1)
-
-
-def for_display(parameters: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A schema as the library can show it: local references inlined, descriptions on one line, bounded in size."""
-    if not parameters or not parameters.get("properties"):
-        return None
-    shown: dict[str, Any] = _Inliner(parameters).inline(parameters, 0)
-    return shown
-
-
-class _Inliner:
-    """Copies a schema, references resolved. Beyond DEPTH or NODES (recursion, bombs) everything is shown as any."""
-
-    DEPTH = 40
-    NODES = 5000
-
-    def __init__(self, root: dict[str, Any]) -> None:
-        self._root = root
-        self._nodes = 0
-
-    def inline(self, node: Any, depth: int) -> Any:
-        self._nodes += 1
-        if isinstance(node, (dict, list)) and (depth > self.DEPTH or self._nodes > self.NODES):
-            return {} if isinstance(node, dict) else []
-        if isinstance(node, list):
-            return [self.inline(item, depth + 1) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if isinstance(reference := node.get("$ref"), str):
-            rest = {key: value for key, value in node.items() if key != "$ref"}
-            return self.inline({**self._resolve(reference), **rest}, depth + 8)
-        result = {
-            key: self.inline(value, depth + 1) for key, value in node.items() if key not in ("$defs", "definitions")
-        }
-        if isinstance(result.get("description"), str):
-            result["description"] = " ".join(result["description"].split())
-        return result
-
-    def _resolve(self, reference: str) -> dict[str, Any]:
-        """The object that a local JSON pointer (`#/$defs/Point`) names, or the schema of anything."""
-        node: Any = self._root if reference.startswith("#/") else None
-        for key in reference.removeprefix("#/").split("/"):
-            node = node.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(node, dict) else None
-        return node if isinstance(node, dict) else {}

@@ -14,21 +14,21 @@ from starlette.responses import JSONResponse, Response
 
 from gptoss_compile.runtime.api.errors import ApiError, bad_request, context_exceeded, unavailable
 from gptoss_compile.runtime.api.generation import Answers, Context, Submission
+from gptoss_compile.runtime.api.grammar import TurnGrammar
 from gptoss_compile.runtime.api.harmony import STOP_IDS, HarmonyParser
 from gptoss_compile.runtime.api.http import EventStream, event, read_json, until_disconnect
 from gptoss_compile.runtime.api.logprobs import LogprobNames
 from gptoss_compile.runtime.api.render import EFFORTS, FunctionTool, Prompt, Turn, extend, render
 from gptoss_compile.runtime.api.responses_output import Output, OutputOptions
-from gptoss_compile.runtime.api.responses_prompt import Input, InputReader, forced_names, function_tools
+from gptoss_compile.runtime.api.responses_prompt import Input, InputReader, function_tools
 from gptoss_compile.runtime.api.responses_schema import PromptBody, ResponseBody, ToolChoice
 from gptoss_compile.runtime.api.responses_store import Record
 from gptoss_compile.runtime.api.responses_tools import MAX_CALLS, OutputEvent, toolbox
 from gptoss_compile.runtime.api.tokenizer import Tokenizer, TooLongError
 from gptoss_compile.runtime.api.tool_server.browser import Page
 from gptoss_compile.runtime.api.tool_server.server import Toolbox
-from gptoss_compile.runtime.api.tools import ForcedCall
+from gptoss_compile.runtime.api.turn_rules import response_format, response_rules
 from gptoss_compile.runtime.outputs import RequestOutput
-from gptoss_compile.runtime.request import LogitsProcessor
 
 
 async def create(request: Request) -> Response:
@@ -178,17 +178,16 @@ class ResponseRun:
         self.context, self.body = context, body
         self.model = context.served(body.model)
         self.tokenizer = context.text_tokenizer()
-        if body.text and body.text.format and body.text.format.type != "text":
-            raise bad_request(
-                f"text.format {body.text.format.type} cannot be enforced yet.", "text.format", "unsupported_value"
-            )
 
     async def start(self) -> Record:
         """Render, submit, and go on in a task. Raises ApiError for what cannot be served."""
         prompt, given, box = _prompt(self.context, self.body)
+        if answer := response_format(self.body):
+            prompt = replace(prompt, answer_format=answer.text)
+        self.rules = response_rules(self.body, prompt.tools, box, answer)
+        [grammar] = await self.context.turn_grammars(self.rules)
         ids = await _render(self.context, prompt, self.context.prompt_limit(None))
-        names = forced_names(self.body, prompt.tools, box)
-        self.answers = await self._submit(ids, 0, ForcedCall(self.tokenizer, names) if names else None)
+        self.answers = await self._submit(ids, 0, grammar)
         record = Record(self._new(prompt), given.items, given.turns, given.callers)
         if self.body.store is not False:
             self.context.responses.add(record)
@@ -196,14 +195,14 @@ class ResponseRun:
         record.task.add_done_callback(lambda _: self._ended(record))
         return record
 
-    async def _submit(self, ids: list[int], written: int, processor: LogitsProcessor | None = None) -> Answers:
+    async def _submit(self, ids: list[int], written: int, grammar: TurnGrammar | None) -> Answers:
         """Let the model write on. written: tokens that it has spent of max_output_tokens."""
         params = self.body.params(STOP_IDS)
         if params.max_tokens is not None:
             params = replace(params, max_tokens=params.max_tokens - written)
         answers = Answers(self.context, "input")
         await answers.submit(
-            [Submission(ids, params, processor)], priority=self.body.priority or 0, cache_salt=self.body.cache_salt
+            [Submission(ids, params, grammar)], priority=self.body.priority or 0, cache_salt=self.body.cache_salt
         )
         return answers
 
@@ -215,7 +214,8 @@ class ResponseRun:
         tools = [_echoed_tool(tool.model_dump()) for tool in body.tools or ()]
         if isinstance(choice, ToolChoice):
             choice = choice.model_dump(exclude_none=True)
-        text: dict[str, Any] = {"format": {"type": "text"}}
+        given = body.text.format if body.text else None
+        text: dict[str, Any] = {"format": given.model_dump(by_alias=True, exclude_none=True) if given else {"type": "text"}}
         if body.text and body.text.verbosity:
             text["verbosity"] = body.text.verbosity
         return {
@@ -308,7 +308,8 @@ class ResponseRun:
             if not left or output.exhausted:
                 progress.finish_reason = "length"
                 return
-            self.answers = await self._submit(ids, progress.tokens)
+            [grammar] = await self.context.turn_grammars(self.rules and replace(self.rules, must_call=False))
+            self.answers = await self._submit(ids, progress.tokens, grammar)
 
     def _ended(self, record: Record) -> None:
         """Whatever ended the task, even before it began: nothing runs on, and nobody waits for ever."""

@@ -178,12 +178,18 @@ def function_tools(body: PromptBody, box: Toolbox) -> list[FunctionTool]:
     return tools
 
 
-def forced_names(body: PromptBody, tools: Sequence[FunctionTool], box: Toolbox) -> list[str]:
-    """The functions one of which must be called; empty if none must."""
+def forced_recipients(body: PromptBody, recipients: Sequence[str]) -> list[str] | None:
+    """Which of everything that can be called one must be called; None if none must."""
     choice = body.tool_choice
-    if isinstance(choice, ToolChoice):
-        return _allowed(choice, box) if choice.type == "function" or choice.mode == "required" else []
-    return [tool.name for tool in tools] if choice == "required" else []
+    if choice == "required" or (isinstance(choice, ToolChoice) and choice.mode == "required"):
+        return list(recipients)
+    if not isinstance(choice, ToolChoice) or choice.type == "allowed_tools":
+        return None
+    if choice.type == "function":
+        return [NAMESPACE + str(choice.name)]
+    beginning = {"web_search": "browser.", "code_interpreter": "python"}.get(kind_of(choice.type))
+    others = [each for each in recipients if not each.startswith((NAMESPACE, "browser.")) and each != "python"]
+    return [each for each in recipients if each.startswith(beginning)] if beginning else others
 
 
 def _allowed(choice: ToolChoice, box: Toolbox) -> list[str]:

@@ -11,8 +11,8 @@ from gptoss_compile.runtime.api.schemas import (
     Body,
     Content,
     FunctionDefinition,
+    NamedSchema,
     ReasoningEffort,
-    ResponseFormat,
     StreamOptions,
 )
 from gptoss_compile.runtime.sampling_params import SamplingParams
@@ -99,8 +99,12 @@ class Reasoning(Body):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
+class TextFormat(NamedSchema):
+    type: Literal["text", "json_object", "json_schema"]
+
+
 class Text(Body):
-    format: ResponseFormat | None = None
+    format: TextFormat | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 

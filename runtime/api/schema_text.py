@@ -32,8 +32,6 @@ def format_text(name: str, description: str | None, schema: Schema) -> str:
 
 
 class _Rewriter:
-    """Beyond DEPTH or NODES (recursion, bombs) everything is shown as any."""
-
     DEPTH = 40
     NODES = 5000
 
@@ -42,6 +40,7 @@ class _Rewriter:
         self._nodes = 0
 
     def rewrite(self, node: Any, depth: int) -> Schema:
+        """Beyond DEPTH or NODES (recursion, bombs) everything is shown as any."""
         self._nodes += 1
         if not isinstance(node, dict) or depth > self.DEPTH or self._nodes > self.NODES:
             return {}
@@ -85,7 +84,7 @@ class _Rewriter:
 def _union(own: Schema, other: Schema) -> Schema:
     merged = {**other, **own}
     if isinstance(own.get("properties"), dict) and isinstance(other.get("properties"), dict):
-        merged["properties"] = {**other["properties"], **own["properties"]}
+        merged["properties"] = {**own["properties"], **other["properties"], **own["properties"]}  # in this order, too
     if "required" in own or "required" in other:
         merged["required"] = [*_strings(own.get("required")), *_strings(other.get("required"))]
     return merged

@@ -1,4 +1,4 @@
-"""Function tools: whom a message's recipient means, and making the model call one."""
+"""Function tools: whom a message's recipient means, and what was written before a call."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from gptoss_compile.runtime.api.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Message
-from gptoss_compile.runtime.api.render import Turn, call_header
-from gptoss_compile.runtime.api.tokenizer import Tokenizer
-from gptoss_compile.runtime.executor import Floats
+from gptoss_compile.runtime.api.harmony import Message
+from gptoss_compile.runtime.api.render import Turn
 
 NAMESPACE = "functions."
 
@@ -99,48 +95,3 @@ def _parsed(arguments: str) -> Any:
         return json.loads(arguments)
     except (ValueError, RecursionError):
         return arguments
-
-
-class ForcedCall:
-    """A logits processor after which a turn can only end with a call of one of `names`.
-
-    The turn may think first: analysis messages, each closed by <|end|>, then the call's header, then free arguments
-    up to <|call|>. `reasoning` False goes to the call at once. A pure function of the tokens generated so far.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, names: Sequence[str], *, reasoning: bool = True) -> None:
-        start = [START, *tokenizer.encode("assistant")]
-        calls = [[CHANNEL, *call_header(tokenizer, NAMESPACE + name)] for name in names]
-        thought = [[CHANNEL, *tokenizer.encode("analysis"), MESSAGE]] if reasoning else []
-        self._first = thought + calls  # the prompt ends on <|start|>assistant
-        self._later = [start + header for header in thought + calls]
-
-    def __call__(self, generated: Sequence[int], scores_V: Floats) -> None:
-        opened = _last_index(generated, MESSAGE)
-        closed = _last_index(generated, END)
-        if opened > closed:
-            self._inside(generated, opened, scores_V)
-            return
-        header = tuple(generated[closed + 1 :])
-        headers = self._later if closed >= 0 else self._first
-        allowed = [h[len(header)] for h in headers if len(h) > len(header) and tuple(h[: len(header)]) == header]
-        _only(scores_V, allowed)
-
-    def _inside(self, generated: Sequence[int], opened: int, scores_V: Floats) -> None:
-        """Within a message nothing special is allowed but its own end."""
-        call = CONSTRAIN in generated[_last_index(generated[:opened], CHANNEL) : opened]
-        for token in (START, CHANNEL, CONSTRAIN, MESSAGE, RETURN, END if call else CALL):
-            scores_V[token] = -np.inf
-
-
-def _last_index(generated: Sequence[int], token: int) -> int:
-    try:
-        return len(generated) - 1 - generated[::-1].index(token)
-    except ValueError:
-        return -1
-
-
-def _only(scores_V: Floats, allowed: Sequence[int]) -> None:
-    kept = scores_V[list(allowed)].copy()
-    scores_V[:] = -np.inf
-    scores_V[list(allowed)] = np.where(np.isfinite(kept), kept, 0)

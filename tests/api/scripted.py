@@ -19,6 +19,7 @@ from gptoss_compile.runtime.api.harmony import CALL, CHANNEL, CONSTRAIN, END, ME
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.executor import Floats, Ints
+from gptoss_compile.runtime.request import LogitsProcessor
 
 VOCAB = 201088
 SPECIAL = {
@@ -96,12 +97,23 @@ class ScriptedEngine(Engine):
 
     def submit(self, prompt: Sequence[int], params: Any, *, logits_processor: Any = None, **options: Any) -> Any:
         self.prompts.append(list(prompt))
-        script = self._script.next()
+        if script := self._script.next():
+            logits_processor = Forced(script, logits_processor)
+        return super().submit(prompt, params, logits_processor=logits_processor, **options)
 
-        def forced(generated: Sequence[int], scores_V: Floats) -> None:
-            if logits_processor:
-                logits_processor(generated, scores_V)
-            if script and len(generated) < len(script):
-                scores_V[script[len(generated)]] += 1000  # what a mask forbids stays forbidden
 
-        return super().submit(prompt, params, logits_processor=forced if script else logits_processor, **options)
+class Forced:
+    """A logits processor: the script, as far as the request's own processor lets it through."""
+
+    def __init__(self, script: Sequence[int], inner: LogitsProcessor | None) -> None:
+        self._script, self._inner = script, inner
+
+    def __call__(self, generated: Sequence[int], scores_V: Floats) -> None:
+        if self._inner:
+            self._inner(generated, scores_V)
+        if len(generated) < len(self._script):
+            scores_V[self._script[len(generated)]] += 1000  # what a mask forbids stays forbidden
+
+    def prepare(self, generated: Sequence[int]) -> None:
+        if self._inner:
+            self._inner.prepare(generated)

@@ -103,7 +103,6 @@ async def test_stream_equals_the_whole(client: httpx.AsyncClient, script: Script
         CALL.replace(
             "<|channel|>commentary to=functions.get_weather", " to=functions.get_weather<|channel|>commentary"
         ),
-        CALL.replace("<|call|>", "<|end|><|return|>"),
     ],
 )
 async def test_tool_call(client: httpx.AsyncClient, script: Script, text: str) -> None:
@@ -314,7 +313,8 @@ async def test_tolerated(client: httpx.AsyncClient, script: Script) -> None:
         ({"seed": 10**30}, "seed"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, None),
         ({"messages": [{"role": "tool", "tool_call_id": "c", "content": "x"}]}, "messages[0].tool_call_id"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"min_tokens": 10, "max_tokens": 5}, "min_tokens"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),

@@ -405,7 +405,7 @@ async def test_tolerated(client: httpx.AsyncClient, script: Script) -> None:
         ({"max_output_tokens": 0}, 400, "max_output_tokens"),
         ({"reasoning": {"effort": "x"}}, 400, "reasoning.effort"),
         ({"conversation": "c"}, 400, None),
-        ({"text": {"format": {"type": "json_object"}}}, 400, "text.format"),
+        ({"text": {"format": {"type": "json_schema"}}}, 400, "text.format.schema"),
         ({"top_logprobs": 21}, 400, "top_logprobs"),
         ({"input": "word " * 5000}, 400, "input"),
     ],

@@ -259,16 +259,23 @@ def test_stop_ids_end_ids_and_min_tokens(engine: Engine) -> None:
 def test_a_logits_processor_sees_what_was_generated(engine: Engine) -> None:
     seen: list[list[int]] = []
 
-    def only_next(generated, logits) -> None:  # type: ignore[no-untyped-def]
-        seen.append(list(generated))
-        allowed = logits[40 + len(generated)]
-        logits[:] = -np.inf
-        logits[40 + len(generated)] = allowed
+    prepared: list[list[int]] = []
+
+    class OnlyNext:
+        def __call__(self, generated, logits) -> None:  # type: ignore[no-untyped-def]
+            seen.append(list(generated))
+            allowed = logits[40 + len(generated)]
+            logits[:] = -np.inf
+            logits[40 + len(generated)] = allowed
+
+        def prepare(self, generated) -> None:  # type: ignore[no-untyped-def]
+            prepared.append(list(generated))
 
     got = engine.submit(
-        [1], replace(GREEDY, temperature=1.0, logprobs=0), logits_processor=only_next
+        [1], replace(GREEDY, temperature=1.0, logprobs=0), logits_processor=OnlyNext()
     ).result()
     assert got.token_ids == tuple(range(40, 48)) and seen[3] == [40, 41, 42]
+    assert prepared == seen[1:], "it is told of each token before it is asked for the next"
     assert all(lp.logprob > -20 for lp in got.logprobs or ()), "log-probabilities are the model's own"
 
 

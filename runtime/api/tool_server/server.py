@@ -11,7 +11,7 @@ from typing import Any
 
 from openai_harmony import ToolDescription, ToolNamespaceConfig
 
-from gptoss_compile.runtime.api.render import for_display
+from gptoss_compile.runtime.api.schema_text import tool_schema
 from gptoss_compile.runtime.api.tool_server.browser import Browser, Page, SearchBackend
 from gptoss_compile.runtime.api.tool_server.mcp_tools import McpServer, McpSessions
 from gptoss_compile.runtime.api.tool_server.sandbox import Sandbox
@@ -138,7 +138,7 @@ class Toolbox:
             found.append(ToolNamespaceConfig.python().model_copy(update={"description": PYTHON}))
         for label in self._servers:
             tools = [
-                ToolDescription.new(each["name"], each["description"][:DESCRIPTION], for_display(each["input_schema"]))
+                ToolDescription.new(each["name"], each["description"][:DESCRIPTION], tool_schema(each["input_schema"]))
                 for each in self.listing(label)
             ]
             found.append(ToolNamespaceConfig(name=label, description=None, tools=tools))
