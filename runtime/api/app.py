@@ -10,10 +10,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.types import ExceptionHandler
 
-from gptoss_compile.runtime.api import openapi, operations, responses
+from gptoss_compile.runtime.api import openapi, operations, responses, responses_compact, responses_socket
 from gptoss_compile.runtime.api.chat import chat_completions
 from gptoss_compile.runtime.api.completions import completions
 from gptoss_compile.runtime.api.errors import ApiError, bad_request
@@ -39,6 +39,8 @@ def build_app(
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/responses", responses.create, methods=["POST"]),
+            WebSocketRoute("/v1/responses", responses_socket.socket),
+            Route("/v1/responses/compact", responses_compact.compact, methods=["POST"]),
             Route("/v1/responses/input_tokens", responses.input_tokens, methods=["POST"]),
             Route("/v1/responses/{response_id}", _one_response, methods=["GET", "DELETE"]),
             Route("/v1/responses/{response_id}/cancel", responses.cancel, methods=["POST"]),

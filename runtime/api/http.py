@@ -152,7 +152,7 @@ class KeyMiddleware:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/health" or self._allowed(scope):
+        if scope["type"] == "lifespan" or scope["path"] == "/health" or self._allowed(scope):
             await self._app(scope, receive, send)
             return
         error = ApiError(

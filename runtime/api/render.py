@@ -116,7 +116,7 @@ async def render(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> list[int]:
             tools, answer_format = (), ""
             ids += [START, *tokenizer.encode("developer"), MESSAGE, *await tokenizer.encode_async(text, limit), END]
         else:
-            ids += await _message(tokenizer, turn, limit)
+            ids += await message_tokens(tokenizer, turn, limit)
         if len(ids) > limit:
             raise TooLongError(len(ids))
     return [*ids, START, *tokenizer.encode("assistant")]
@@ -127,7 +127,7 @@ async def extend(tokenizer: Tokenizer, prompt: Sequence[int], turns: Sequence[Tu
     beginning = [START, *tokenizer.encode("assistant")]
     ids = list(prompt[: len(prompt) - len(beginning)])
     for turn in turns:
-        ids += await _message(tokenizer, turn, limit)
+        ids += await message_tokens(tokenizer, turn, limit)
     if len(ids) + len(beginning) > limit:
         raise TooLongError(len(ids) + len(beginning))
     return ids + beginning
@@ -139,7 +139,8 @@ def drop_old_reasoning(turns: Sequence[Turn]) -> list[Turn]:
     return [turn for i, turn in enumerate(turns) if i > last_final or not turn.reasoning]
 
 
-async def _message(tokenizer: Tokenizer, turn: Turn, limit: int) -> list[int]:
+async def message_tokens(tokenizer: Tokenizer, turn: Turn, limit: int) -> list[int]:
+    """One message, from its <|start|> to its end."""
     if turn.tokens is not None:
         return list(turn.tokens)
     body = await tokenizer.encode_async(turn.text, limit)

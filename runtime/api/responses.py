@@ -19,8 +19,9 @@ from gptoss_compile.runtime.api.harmony import STOP_IDS, HarmonyParser
 from gptoss_compile.runtime.api.http import EventStream, event, read_json, until_disconnect
 from gptoss_compile.runtime.api.logprobs import LogprobNames
 from gptoss_compile.runtime.api.render import EFFORTS, FunctionTool, Prompt, Turn, extend, render
+from gptoss_compile.runtime.api.responses_declared import callers
 from gptoss_compile.runtime.api.responses_output import Output, OutputOptions
-from gptoss_compile.runtime.api.responses_prompt import Input, InputReader, function_tools
+from gptoss_compile.runtime.api.responses_prompt import Input, InputReader, client_tools, function_tools
 from gptoss_compile.runtime.api.responses_schema import PromptBody, ResponseBody, ToolChoice
 from gptoss_compile.runtime.api.responses_store import Record
 from gptoss_compile.runtime.api.responses_tools import MAX_CALLS, OutputEvent, toolbox
@@ -113,8 +114,8 @@ async def input_tokens(request: Request) -> Response:
     context: Context = request.app.state.context
     body = await read_json(request, PromptBody, context.options)
     context.served(body.model)
-    prompt, _, _ = _prompt(context, body)
-    ids = await _render(context, prompt, 1 << 24)
+    prompt, _, _ = conversation(context, body)
+    ids = await render_input(context, prompt, 1 << 24)
     return JSONResponse({"object": "response.input_tokens", "input_tokens": len(ids)})
 
 
@@ -137,13 +138,16 @@ async def _events(record: Record, *, start: int = 0, cancel: bool = False) -> As
             record.task.cancel()
 
 
-def _prompt(context: Context, body: PromptBody) -> tuple[Prompt, Input, Toolbox]:
-    """The prompt, what the input adds to the conversation, and the server's tools it may use. Raises ApiError."""
+def conversation(context: Context, body: PromptBody, parent: Record | None = None) -> tuple[Prompt, Input, Toolbox]:
+    """The prompt, what the input adds to the conversation, and the server's tools it may use. Raises ApiError.
+
+    parent: what previous_response_id names, if that is known already.
+    """
     turns: list[Turn] = []
     pages: Sequence[Page] = ()
     callers: dict[str, str] = {}
     if body.previous_response_id is not None:
-        parent = context.responses.get(body.previous_response_id)
+        parent = parent or context.responses.get(body.previous_response_id)
         if parent is None:
             raise ApiError(
                 404,
@@ -164,7 +168,7 @@ def _prompt(context: Context, body: PromptBody) -> tuple[Prompt, Input, Toolbox]
     return Prompt(turns, tools, effort, context.options.system_date, box.namespaces()), given, box
 
 
-async def _render(context: Context, prompt: Prompt, limit: int) -> list[int]:
+async def render_input(context: Context, prompt: Prompt, limit: int) -> list[int]:
     try:
         return await render(context.text_tokenizer(), prompt, limit)
     except TooLongError as error:
@@ -174,25 +178,37 @@ async def _render(context: Context, prompt: Prompt, limit: int) -> list[int]:
 class ResponseRun:
     """One response being made: a task that writes events into a record, which any number of readers may follow."""
 
-    def __init__(self, context: Context, body: ResponseBody) -> None:
-        self.context, self.body = context, body
+    def __init__(self, context: Context, body: ResponseBody, parent: Record | None = None) -> None:
+        self.context, self.body, self.parent = context, body, parent
         self.model = context.served(body.model)
         self.tokenizer = context.text_tokenizer()
 
     async def start(self) -> Record:
         """Render, submit, and go on in a task. Raises ApiError for what cannot be served."""
-        prompt, given, box = _prompt(self.context, self.body)
+        prompt, given, box = conversation(self.context, self.body, self.parent)
         if answer := response_format(self.body):
             prompt = replace(prompt, answer_format=answer.text)
         self.rules = response_rules(self.body, prompt.tools, box, answer)
         [grammar] = await self.context.turn_grammars(self.rules)
-        ids = await _render(self.context, prompt, self.context.prompt_limit(None))
+        ids = await render_input(self.context, prompt, self.context.prompt_limit(None))
         self.answers = await self._submit(ids, 0, grammar)
         record = Record(self._new(prompt), given.items, given.turns, given.callers)
         if self.body.store is not False:
             self.context.responses.add(record)
         record.task = asyncio.create_task(self._run(record, prompt.tools, box, ids))
         record.task.add_done_callback(lambda _: self._ended(record))
+        return record
+
+    def prepare(self) -> Record:
+        """A finished response without an answer, to go on from."""
+        prompt, given, _ = conversation(self.context, self.body, self.parent)
+        record = Record(self._new(prompt), given.items, given.turns, given.callers)
+        if self.body.store is not False:
+            self.context.responses.add(record)
+        record.emit("response.created", response=dict(record.response))
+        record.response |= {"status": "completed", "completed_at": int(time.time()), "usage": usage(0, 0, 0, 0)}
+        record.emit("response.completed", response=dict(record.response))
+        self.context.responses.finish(record)
         return record
 
     async def _submit(self, ids: list[int], written: int, grammar: TurnGrammar | None) -> Answers:
@@ -256,7 +272,7 @@ class ResponseRun:
     async def _run(self, record: Record, tools: Sequence[FunctionTool], box: Toolbox, ids: list[int]) -> None:
         output = Output(
             OutputOptions(
-                [tool.name for tool in tools],
+                {name: tool for name, tool in client_tools(self.body).items() if tool.function in tools},
                 box,
                 min(self.body.max_tool_calls or MAX_CALLS, MAX_CALLS),
                 self.body.include or (),
@@ -323,19 +339,13 @@ class ResponseRun:
     def _end(self, record: Record, progress: _Progress, status: str, **fields: Any) -> None:
         """The terminal event. There is none for a cancelled response: its readers just see the stream end."""
         output = progress.output
-        usage = {
-            "input_tokens": progress.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": progress.cached_tokens, "cache_write_tokens": 0},
-            "output_tokens": progress.tokens,
-            "output_tokens_details": {"reasoning_tokens": output.reasoning_tokens},
-            "total_tokens": progress.prompt_tokens + progress.tokens,
-        }
+        used = usage(progress.prompt_tokens, progress.cached_tokens, progress.tokens, output.reasoning_tokens)
         items = [item for item in output.items if item.get("status") != "in_progress"]
-        record.response |= {"status": status, "output": items, "usage": usage, **fields}
+        record.response |= {"status": status, "output": items, "usage": used, **fields}
         if status == "completed":
             record.response["completed_at"] = int(time.time())
         record.turns += output.turns
-        record.callers |= {item["call_id"]: item["name"] for item in items if item["type"] == "function_call"}
+        record.callers |= callers(items)
         record.item_turns = output.item_turns
         record.pages = output.pages
         if status == "cancelled":
@@ -394,6 +404,16 @@ class _Progress:
             for each in self._parsers[-1].finish():
                 events += self.output.feed(each, None, cut=new.finish_reason == "length")
         return events
+
+
+def usage(prompt: int, cached: int, tokens: int, reasoning: int) -> dict[str, Any]:
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": tokens,
+        "output_tokens_details": {"reasoning_tokens": reasoning},
+        "total_tokens": prompt + tokens,
+    }
 
 
 def _echoed_tool(tool: dict[str, Any]) -> dict[str, Any]:

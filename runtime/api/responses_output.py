@@ -7,7 +7,7 @@ output_item.done. An item never has an optional field that is null: absent field
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from gptoss_compile.runtime.api.harmony import Event, Message
 from gptoss_compile.runtime.api.logprobs import LogprobNames
 from gptoss_compile.runtime.api.render import Turn
+from gptoss_compile.runtime.api.responses_declared import CALLS, Declared, as_input
 from gptoss_compile.runtime.api.responses_tools import MAX_CALLS, MAX_REFUSALS, CallItem, OutputEvent, list_tools
 from gptoss_compile.runtime.api.seal import Seal
 from gptoss_compile.runtime.api.tool_server.browser import Page
@@ -25,12 +26,13 @@ from gptoss_compile.runtime.sampler import TokenLogprobs
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """tools: names of the functions. summaries: give the reasoning as a summary, too. reasoning_event: its name.
+    """tools: the client's, by the names that the model knows. summaries: give the reasoning as a summary, too.
+    reasoning_event: its name.
 
     toolbox: the tools that run on this server; max_calls: how many calls of those there may be; include: the request's.
     """
 
-    tools: Sequence[str]
+    tools: Mapping[str, Declared]
     toolbox: Toolbox
     max_calls: int = MAX_CALLS
     include: Sequence[str] = ()
@@ -57,7 +59,7 @@ class Output:
 
     @property
     def called(self) -> bool:
-        return any(item["type"] == "function_call" for item in self.items)
+        return any(item["type"] in CALLS for item in self.items)
 
     def feed(self, event: Event, scores: TokenLogprobs | None, *, cut: bool = False) -> Iterator[OutputEvent]:
         """cut: the message is closed because the answer ran out of room."""
@@ -138,20 +140,13 @@ class Output:
         self.items.append(item)
         self._scores = []
         yield "response.output_item.added", {"output_index": len(self.items) - 1, "item": deepcopy(item)}
-        if item["type"] != "function_call":
+        if item["type"] not in CALLS:
             yield "response.content_part.added", self._where(content_index=0, part=self._part(""))
 
     def _new_item(self, message: Message) -> dict[str, Any]:
         name = called_tool(message, self._options.tools)
         if name is not None:
-            return {
-                "type": "function_call",
-                "id": f"fc_{secrets.token_hex(16)}",
-                "call_id": call_id(),
-                "name": name,
-                "arguments": "",
-                "status": "in_progress",
-            }
+            return self._options.tools[name].item(call_id())
         if is_thought(message):
             return {
                 "type": "reasoning",
@@ -182,6 +177,8 @@ class Output:
         if kind == "function_call":
             if event.text:
                 yield "response.function_call_arguments.delta", self._where(delta=event.text)
+        elif kind == "custom_tool_call":
+            return  # its input is known once its JSON is complete
         elif kind == "reasoning":
             self.reasoning_tokens += event.from_token
             if event.text:
@@ -200,6 +197,10 @@ class Output:
         if item["type"] == "function_call":
             item["arguments"] = text
             yield "response.function_call_arguments.done", self._where(arguments=text, name=item["name"])
+        elif item["type"] == "custom_tool_call":
+            item["input"] = as_input(text)
+            yield "response.custom_tool_call_input.delta", self._where(delta=item["input"])
+            yield "response.custom_tool_call_input.done", self._where(input=item["input"])
         else:
             yield from self._close_text(item, text)
         if item["type"] == "reasoning" and self._options.seal and message.tokens:

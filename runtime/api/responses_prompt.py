@@ -10,6 +10,7 @@ from typing import Any
 from gptoss_compile.runtime.api.errors import ApiError, bad_request
 from gptoss_compile.runtime.api.http import validated
 from gptoss_compile.runtime.api.render import FunctionTool, Turn
+from gptoss_compile.runtime.api.responses_declared import CALLS, Declared, as_arguments, callers, declared, qualified
 from gptoss_compile.runtime.api.responses_schema import InputItem, PromptBody, ToolChoice
 from gptoss_compile.runtime.api.responses_store import ResponseStore
 from gptoss_compile.runtime.api.responses_tools import kind_of
@@ -18,7 +19,15 @@ from gptoss_compile.runtime.api.seal import Seal
 from gptoss_compile.runtime.api.tool_server.server import Toolbox
 from gptoss_compile.runtime.api.tools import NAMESPACE
 
-PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+PREFIXES = {
+    "message": "msg",
+    "reasoning": "rs",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+    "compaction": "cmp",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class InputReader:
         items = [_item(each, f"input[{number}]") for number, each in enumerate(raw)]
         turns: list[Turn] = []
         for number, item in enumerate(items):
-            before_call = number + 1 < len(items) and items[number + 1].kind == "function_call"
+            before_call = number + 1 < len(items) and items[number + 1].kind in CALLS
             turns += self._turns(item, f"input[{number}]", before_call)
         return Input(turns, [self._listed(each, item) for each, item in zip(raw, items, strict=True)], self._callers)
 
@@ -56,9 +65,11 @@ class InputReader:
                 yield self._message(item, where, before_call)
             case "reasoning":
                 yield self._reasoning(item, where)
-            case "function_call":
+            case "function_call" | "custom_tool_call":
                 yield self._call(item, where)
-            case "function_call_output":
+            case "compaction":
+                yield self._compaction(item, where)
+            case "function_call_output" | "custom_tool_call_output":
                 yield self._output(item, where)
             case "item_reference":
                 yield from self._reference(item, where)
@@ -93,9 +104,19 @@ class InputReader:
 
     def _call(self, item: InputItem, where: str) -> Turn:
         if not item.call_id or not item.name:
-            raise bad_request(f"{where}: a function_call needs call_id and name.", where)
-        self._callers[item.call_id] = item.name
-        return Turn("assistant", item.arguments or "{}", recipient=NAMESPACE + item.name)
+            raise bad_request(f"{where}: a {item.kind} needs call_id and name.", where)
+        name = self._callers[item.call_id] = qualified(item.name, item.namespace)
+        custom = item.kind == "custom_tool_call"
+        arguments = as_arguments(item.input or "") if custom else item.arguments or "{}"
+        return Turn("assistant", arguments, recipient=NAMESPACE + name)
+
+    def _compaction(self, item: InputItem, where: str) -> Turn:
+        """What /v1/responses/compact sealed: a whole message with the summary."""
+        tokens = self._seal.open(item.encrypted_content or "")
+        if tokens is None:
+            where = f"{where}.encrypted_content"
+            raise bad_request(f"{where} is not this server's.", where, "invalid_encrypted_content")
+        return Turn("user", tokens=tokens)
 
     def _output(self, item: InputItem, where: str) -> Turn:
         name = self._callers.get(item.call_id or "")
@@ -124,8 +145,7 @@ class InputReader:
                 404, f"Item with id '{(item.id or '')[:100]}' not found.", param=where, code="item_not_found"
             )
         original, turns = found
-        if original.get("type") == "function_call":
-            self._callers[original["call_id"]] = original["name"]
+        self._callers |= callers([original])
         return list(self._turns(validated(original, InputItem), where, False)) if turns is None else turns
 
 
@@ -152,13 +172,14 @@ def _listed(raw: dict[str, Any], item: InputItem) -> dict[str, Any]:
     return listed
 
 
+def client_tools(body: PromptBody) -> dict[str, Declared]:
+    """The tools that the client runs, by the names that the model knows."""
+    return {each.function.name: each for tool in body.tools or () for each in declared(tool)}
+
+
 def function_tools(body: PromptBody, box: Toolbox) -> list[FunctionTool]:
     """The functions to show. box: the tools that run on the server, which a tool_choice may name as well."""
-    tools = []
-    for tool in body.tools or ():
-        if (function := tool.function) is None:
-            continue
-        tools.append(FunctionTool(function.name, function.description or "", function.parameters, function.strict))
+    tools = [each.function for tool in body.tools or () for each in declared(tool)]
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         raise bad_request("The names of tools must differ.", "tools")
@@ -185,7 +206,7 @@ def forced_recipients(body: PromptBody, recipients: Sequence[str]) -> list[str] 
         return list(recipients)
     if not isinstance(choice, ToolChoice) or choice.type == "allowed_tools":
         return None
-    if choice.type == "function":
+    if choice.type in ("function", "custom"):
         return [NAMESPACE + str(choice.name)]
     beginning = {"web_search": "browser.", "code_interpreter": "python"}.get(kind_of(choice.type))
     others = [each for each in recipients if not each.startswith((NAMESPACE, "browser.")) and each != "python"]
@@ -193,10 +214,10 @@ def forced_recipients(body: PromptBody, recipients: Sequence[str]) -> list[str] 
 
 
 def _allowed(choice: ToolChoice, box: Toolbox) -> list[str]:
-    if choice.type == "function" and choice.name:
+    if choice.type in ("function", "custom") and choice.name:
         return [choice.name]
     if choice.type == "allowed_tools" and choice.tools:
-        return [str(tool.get("name")) for tool in choice.tools if tool.get("type") in ("function", None)]
+        return [str(tool.get("name")) for tool in choice.tools if tool.get("type") in ("function", "custom", None)]
     if kind_of(choice.type) in box.kinds:
         return []
     raise bad_request(f"tool_choice of type {choice.type[:40]!r} is not available here.", "tool_choice")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -14,6 +14,7 @@ from gptoss_compile.runtime.api.schemas import (
     NamedSchema,
     ReasoningEffort,
     StreamOptions,
+    ToolName,
 )
 from gptoss_compile.runtime.sampling_params import SamplingParams
 
@@ -38,6 +39,7 @@ BUILT_IN = (
     "local_shell",
     "shell",
 )
+CLIENT_TOOLS = ("function", "custom", "namespace")
 # Fields that would change what the answer means, and that this server does not have.
 UNSUPPORTED = ("conversation", "prompt", "context_management", "moderation")
 
@@ -56,6 +58,8 @@ class InputItem(Body):
     output: Content | None = None
     summary: Content | None = None
     server_label: str | None = None
+    namespace: str | None = None
+    input: str | None = None
     encrypted_content: str | None = None
 
     @property
@@ -63,29 +67,62 @@ class InputItem(Body):
         return self.type or ("message" if self.role else "item_reference" if self.id else None)
 
 
+class CustomFormat(Body):
+    type: Literal["text", "grammar"]
+    syntax: Literal["lark", "regex"] | None = None
+    definition: str | None = None
+
+
+class CustomDefinition(Body):
+    """A tool of the client's that takes free text."""
+
+    name: ToolName
+    description: str | None = None
+    format: CustomFormat | None = None
+
+
+class NamespaceDefinition(Body):
+    """Functions and custom tools under a common name."""
+
+    name: ToolName
+    description: str | None = None
+    tools: Annotated[list[ResponseTool], Field(min_length=1)]
+
+
+Definition = FunctionDefinition | CustomDefinition | NamespaceDefinition
+_DEFINITIONS: dict[str, type[Body]] = {
+    "function": FunctionDefinition,
+    "custom": CustomDefinition,
+    "namespace": NamespaceDefinition,
+}
+
+
 class ResponseTool(Body):
-    """A function, or a tool of another type that is left out of the prompt."""
+    """A tool that the client runs, or one of the server's."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     type: str
 
     @property
-    def function(self) -> FunctionDefinition | None:
-        if self.type != "function":
-            return None
-        return FunctionDefinition.model_validate(self.model_extra or {})
+    def definition(self) -> Definition | None:
+        """None for one of the server's."""
+        model = _DEFINITIONS.get(self.type)
+        return None if model is None else cast(Definition, model.model_validate(self.model_extra or {}))
 
     @model_validator(mode="after")
     def _known(self) -> ResponseTool:
-        if self.type.partition("_2025")[0] not in ("function", *BUILT_IN):
+        if self.type.partition("_2025")[0] not in (*CLIENT_TOOLS, *BUILT_IN):
             raise ValueError(f"tools of type {self.type[:40]!r} are not supported")
-        _ = self.function  # raises for one that is incomplete
+        definition = self.definition  # raises for one that is incomplete
+        members = definition.tools if isinstance(definition, NamespaceDefinition) else ()
+        if wrong := [tool.type for tool in members if tool.type not in ("function", "custom")]:
+            raise ValueError(f"a namespace cannot hold tools of type {wrong[0][:40]!r}")
         return self
 
 
 class ToolChoice(Body):
-    """`{"type": "function", "name"}`, or `{"type": "allowed_tools", "mode", "tools"}`."""
+    """`{"type": "function" or "custom", "name"}`, or `{"type": "allowed_tools", "mode", "tools"}`."""
 
     type: str
     name: str | None = None

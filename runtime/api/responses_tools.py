@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gptoss_compile.runtime.api.errors import bad_request
-from gptoss_compile.runtime.api.responses_schema import PromptBody, ResponseTool, ToolChoice
+from gptoss_compile.runtime.api.responses_schema import CLIENT_TOOLS, PromptBody, ResponseTool, ToolChoice
 from gptoss_compile.runtime.api.tool_server.base import ToolError
 from gptoss_compile.runtime.api.tool_server.browser import Page
 from gptoss_compile.runtime.api.tool_server.server import Target, Toolbox, ToolServer
@@ -38,7 +38,7 @@ def toolbox(body: PromptBody, server: ToolServer, pages: Sequence[Page] = ()) ->
     allowed: dict[str, list[str]] = {}
     for number, tool in enumerate(body.tools or () if choice != "none" else ()):
         kind = kind_of(tool.type)
-        if tool.type == "function" or (chosen is not None and kind not in chosen):
+        if tool.type in CLIENT_TOOLS or (chosen is not None and kind not in chosen):
             continue
         if kind == "mcp":
             allowed |= _mcp(tool, server, f"tools[{number}]")

@@ -9,6 +9,7 @@ from gptoss_compile.runtime.api.errors import bad_request
 from gptoss_compile.runtime.api.grammar import Callee, TurnRules
 from gptoss_compile.runtime.api.json_schema import Schema
 from gptoss_compile.runtime.api.render import FunctionTool
+from gptoss_compile.runtime.api.responses_declared import declared
 from gptoss_compile.runtime.api.responses_prompt import forced_recipients
 from gptoss_compile.runtime.api.responses_schema import ResponseBody
 from gptoss_compile.runtime.api.schema_text import format_text
@@ -70,7 +71,11 @@ def response_rules(
     body: ResponseBody, tools: Sequence[FunctionTool], box: Toolbox, answer: AnswerFormat | None
 ) -> TurnRules | None:
     """None where any turn will do: the server's own tools tell the model of its mistakes."""
-    paths = {each.function.name: f"tools[{i}].parameters" for i, each in enumerate(body.tools or ()) if each.function}
+    paths = {
+        each.function.name: f"tools[{number}].parameters"
+        for number, tool in enumerate(body.tools or ())
+        for each in declared(tool)
+    }
     callees = [_function(tool, paths[tool.name]) for tool in tools]
     for namespace in box.namespaces():
         names = [f"{namespace.name}.{tool.name}" for tool in namespace.tools]

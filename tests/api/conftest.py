@@ -1,4 +1,4 @@
-"""The tokenizer from the bpe-openai package, and an application over the real engine with scripted sampling."""
+"""The tokenizer from the bpe-openai package; an application, and a server, over the real engine with scripted sampling."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import gzip
 import importlib.util
 import random
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import openai
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from scripted import Script, ScriptedEngine
 
+from gptoss_compile.runtime import server
 from gptoss_compile.runtime.api.app import build_app
 from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
@@ -70,3 +75,55 @@ def client(engine: ScriptedEngine, tokenizer: Tokenizer, options: ServerOptions)
 def asgi_client(app: object) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+class Running:
+    """A server in a thread; `ended` holds what ended it."""
+
+    def __init__(self, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
+        listener = server._listen("127.0.0.1", 0)
+        self.url = server._url(listener)
+        self.servers: list[server._Server] = []
+        self.ended: list[BaseException | None] = []
+
+        def run() -> None:
+            try:
+                server.run(engine, tokenizer, ServerOptions(api_keys=("key",)), listener)
+                self.ended.append(None)
+            except BaseException as error:
+                self.ended.append(error)
+
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+        while True:
+            try:
+                if httpx.get(self.url + "/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.01)
+
+
+@pytest.fixture
+def running(engine: ScriptedEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
+    made: list[server._Server] = []
+    original = server._Server.__init__
+
+    def remember(self: server._Server, *arguments: Any) -> None:
+        original(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(server._Server, "__init__", remember)
+    running = Running(engine, tokenizer)
+    running.servers = made
+    yield running
+    made[0].should_exit = True
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+
+
+@pytest.fixture
+def strict(running: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=running.url + "/v1", api_key="key", max_retries=0, _strict_response_validation=True
+    ) as client:
+        yield client

@@ -5,19 +5,16 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from conftest import Running
 from scripted import Script, ScriptedEngine
 
 from gptoss_compile.runtime import server
-from gptoss_compile.runtime.api.options import ServerOptions
-from gptoss_compile.runtime.api.tokenizer import Tokenizer
 
 ANSWER = "<|channel|>analysis<|message|>Think.<|end|><|start|>assistant<|channel|>final<|message|>Hello 👍🏽!<|return|>"
 CALL = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>'
@@ -26,58 +23,6 @@ TOOL: Any = {
     "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}},
 }
 USER: Any = [{"role": "user", "content": "hi"}]
-
-
-class Running:
-    """A server in a thread; `ended` holds what ended it."""
-
-    def __init__(self, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
-        listener = server._listen("127.0.0.1", 0)
-        self.url = server._url(listener)
-        self.servers: list[server._Server] = []
-        self.ended: list[BaseException | None] = []
-
-        def run() -> None:
-            try:
-                server.run(engine, tokenizer, ServerOptions(api_keys=("key",)), listener)
-                self.ended.append(None)
-            except BaseException as error:
-                self.ended.append(error)
-
-        self.thread = threading.Thread(target=run, daemon=True)
-        self.thread.start()
-        while True:
-            try:
-                if httpx.get(self.url + "/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.01)
-
-
-@pytest.fixture
-def running(engine: ScriptedEngine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    made: list[server._Server] = []
-    original = server._Server.__init__
-
-    def remember(self: server._Server, *arguments: Any) -> None:
-        original(self, *arguments)
-        made.append(self)
-
-    monkeypatch.setattr(server._Server, "__init__", remember)
-    running = Running(engine, tokenizer)
-    running.servers = made
-    yield running
-    made[0].should_exit = True
-    running.thread.join(10)
-    assert not running.thread.is_alive()
-
-
-@pytest.fixture
-def strict(running: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
-        base_url=running.url + "/v1", api_key="key", max_retries=0, _strict_response_validation=True
-    ) as client:
-        yield client
 
 
 def test_official_client(strict: openai.OpenAI, script: Script) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import Running
 from scripted import Script, ScriptedEngine
-from test_server import Running, running  # noqa: F401  (a fixture)
 
 from gptoss_compile.runtime.api.app import build_app
 from gptoss_compile.runtime.api.options import ServerOptions
@@ -122,7 +122,7 @@ async def test_cancel_races_with_the_end(
     assert "cancelled" in seen
 
 
-async def test_many_open_connections(running: Running, script: Script) -> None:  # noqa: F811
+async def test_many_open_connections(running: Running, script: Script) -> None:
     """All are held open at once, and all are then answered."""
     port = int(running.url.rpartition(":")[2])
     body = json.dumps({"prompt": [1, 2], "max_tokens": 1}).encode()

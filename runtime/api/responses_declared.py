@@ -1,0 +1,101 @@
+"""Tools that the client runs, as a response's request declares them, and how the model's calls of them are told.
+
+The model knows functions only. A `custom` tool, whose input is free text, is shown to it as a function of one string,
+and a function of a `namespace` under the name namespace.function.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gptoss_compile.runtime.api.render import FunctionTool
+from gptoss_compile.runtime.api.responses_schema import CustomDefinition, NamespaceDefinition, ResponseTool
+
+_INPUT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+    "additionalProperties": False,
+}
+
+
+CALLS = ("function_call", "custom_tool_call")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """function: as the model sees the tool. name: as the client does, in its namespace if it has one."""
+
+    function: FunctionTool
+    name: str
+    namespace: str | None = None
+    custom: bool = False
+
+    def item(self, call_id: str) -> dict[str, Any]:
+        """A call of it, as the output item whose text is still to come."""
+        kind, prefix, field = ("custom_tool_call", "ctc", "input") if self.custom else ("function_call", "fc", "arguments")
+        item = {
+            "type": kind,
+            "id": f"{prefix}_{secrets.token_hex(16)}",
+            "call_id": call_id,
+            "name": self.name,
+            field: "",
+            "status": "in_progress",
+        }
+        return item | ({"namespace": self.namespace} if self.namespace else {})
+
+
+def declared(tool: ResponseTool) -> Iterator[Declared]:
+    """The client's tools that one entry of `tools` declares; none for one of the server's."""
+    definition = tool.definition
+    if isinstance(definition, NamespaceDefinition):
+        for member in definition.tools:
+            for each in declared(member):
+                yield _inside(each, definition)
+    elif isinstance(definition, CustomDefinition):
+        function = FunctionTool(definition.name, _describe(definition), _INPUT)
+        yield Declared(function, definition.name, custom=True)
+    elif definition is not None:
+        name, description = definition.name, definition.description or ""
+        yield Declared(FunctionTool(name, description, definition.parameters, definition.strict), name)
+
+
+def _inside(tool: Declared, namespace: NamespaceDefinition) -> Declared:
+    """A member without a description of its own has its namespace's."""
+    description = tool.function.description or namespace.description or ""
+    function = replace(tool.function, name=qualified(tool.name, namespace.name), description=description)
+    return replace(tool, function=function, namespace=namespace.name)
+
+
+def _describe(tool: CustomDefinition) -> str:
+    """With the grammar that its input should follow, which is shown but not enforced."""
+    text = tool.description or ""
+    if tool.format is not None and tool.format.definition:
+        text += f" The input follows this {tool.format.syntax} grammar: {tool.format.definition}"
+    return text
+
+
+def qualified(name: str, namespace: str | None) -> str:
+    """The name that the model knows a tool by."""
+    return f"{namespace}.{name}" if namespace else name
+
+
+def callers(items: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The tool that each call among these items calls, by call_id."""
+    return {item["call_id"]: qualified(item["name"], item.get("namespace")) for item in items if item["type"] in CALLS}
+
+
+def as_arguments(text: str) -> str:
+    return json.dumps({"input": text}, ensure_ascii=False)
+
+
+def as_input(arguments: str) -> str:
+    """The free text in what the model wrote as a custom tool's arguments; all of it if that is no such object."""
+    try:
+        return str(json.loads(arguments, strict=False)["input"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return arguments
