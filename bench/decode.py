@@ -124,10 +124,10 @@ def one_row(executor: CudaExecutor, yardstick: Yardstick, bucket: Bucket, contex
             "experts": round(experts, 1),
             "experts_expected": round(touched_experts(config.num_experts, bucket.tokens * config.experts_per_token), 1),
             "yardsticks": whole, "ratio": {name: round(found["ms"] / timing.ms, 3) for name, found in whole.items()},
-            "host_us": host_microseconds(executor, bucket, inputs)}
+            "host_us": host_microseconds(executor, bucket, inputs, replays_for(timing.ms, 60, 0.2))}
 
 
-def host_microseconds(executor: CudaExecutor, bucket: Bucket, inputs: Inputs, times: int = 60) -> dict[str, float]:
+def host_microseconds(executor: CudaExecutor, bucket: Bucket, inputs: Inputs, times: int) -> dict[str, float]:
     """What a served step costs the host: all of `submit`, the graph launch in it, and what is left. The GPU is idle."""
     calls: dict[str, Callable[[], None]] = {
         "submit": lambda: executor.submit(bucket, inputs), "replay": executor.graphs[bucket].replay,

@@ -13,10 +13,21 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from gptoss_compile.artifact import Artifact
+from gptoss_compile.launch_plan import Operand
+from gptoss_compile.logical import logical_tensors
+from gptoss_compile.random_weights import random_values
+from gptoss_compile.runtime.cuda_driver import Device
+from gptoss_compile.runtime.executor_cuda import CudaExecutor
+
 PROMPT = 8  # tokens
+CHECKED = 16 << 20  # bytes of a weight that are compared
 
 
 def main() -> int:
@@ -53,12 +64,6 @@ def measure(path: Path, max_num_seqs: int, started: float) -> dict[str, Any]:
         phases[name] = now - last
         last = now
 
-    import numpy as np
-
-    from gptoss_compile.artifact import Artifact
-    from gptoss_compile.runtime.cuda_driver import Device
-    from gptoss_compile.runtime.executor_cuda import CudaExecutor
-
     phase("interpreter and imports")
     artifact = Artifact.open(path)
     phase("verify")
@@ -77,13 +82,32 @@ def measure(path: Path, max_num_seqs: int, started: float) -> dict[str, Any]:
     last = time.time()
     token = int(executor.run(bucket, inputs)[0].argmax())
     phase("first token")
+    checked = check_weights(executor, artifact)
     name, pages, graphs = executor.device_name, executor.num_pages - 1, len(executor.graphs)
     executor.close()
     captures = [seconds for phase, seconds in executor.seconds.items() if phase.startswith("capture")]
     return {"artifact": path.name, "gpu": name, "weights": artifact.weights, "kv_pages": pages, "graphs": graphs,
             "seconds": {name: round(seconds, 4) for name, seconds in phases.items()}, "load_s": round(total, 3),
-            "worst_capture_ms": round(max(captures) * 1e3, 2), "token": token, "total_s": round(sum(phases.values()), 3),
-            "imported": sorted({"torch", "triton"} & set(sys.modules))}
+            "worst_capture_ms": round(max(captures) * 1e3, 2), "token": token, "checked_weights": checked,
+            "total_s": round(sum(phases.values()), 3), "imported": sorted({"torch", "triton"} & set(sys.modules))}
+
+
+def check_weights(executor: CudaExecutor, artifact: Artifact) -> int:
+    """Compares the start of every random weight of the last layer with its definition. How many; 0 if they are stored."""
+    if not artifact.weights.startswith("random:"):
+        return 0
+    tensors, seed = logical_tensors(artifact.config), artifact.manifest["weights"]["seed"]
+    plan, checked = executor.plans[artifact.buckets[0]], 0
+    for weight in (w for w in plan.weights if w.name.startswith(f"layers.{artifact.config.num_layers - 1}.")):
+        shape = tensors[weight.parts[0]].shape
+        operand = Operand("weight", weight.name, weight.dtype, shape)
+        rows = max(1, min(shape[0], CHECKED * shape[0] // operand.bytes))
+        wanted = random_values(weight.parts[0], shape, weight.dtype, seed, 0, rows)  # type: ignore[arg-type]
+        found = executor.read(artifact.buckets[0], replace(operand, shape=(rows, *shape[1:])))
+        if not np.array_equal(found, wanted):
+            raise ValueError(f"{weight.name} is not what random_weights.py says")
+        checked += 1
+    return checked
 
 
 def show(result: dict[str, Any]) -> None:
