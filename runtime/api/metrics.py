@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from gptoss_compile.runtime.engine import Engine
 
-_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 131072)
 _GAUGES = {
     "requests_running": "Requests that are generating or reading their prompt.",
@@ -43,6 +43,7 @@ class Metrics:
         )
         self.first_token = histogram("time_to_first_token_seconds", "From submission to the first token.", _SECONDS)
         self.inter_token = histogram("inter_token_seconds", "Between two tokens of an answer.", _SECONDS)
+        self.whole_answer = histogram("request_seconds", "From submission to the last token of an answer.", _SECONDS)
         self.prompt_length = histogram("request_prompt_tokens", "Prompt tokens of an answer.", _TOKENS)
         self.answer_length = histogram("request_generation_tokens", "Generated tokens of an answer.", _TOKENS)
 
@@ -66,7 +67,7 @@ class Timer:
 
     def __init__(self, metrics: Metrics, prompt_tokens: int) -> None:
         self._metrics = metrics
-        self._last = time.monotonic()
+        self._start = self._last = time.monotonic()
         self._count = 0
         metrics.prompt_length.observe(prompt_tokens)
 
@@ -85,3 +86,4 @@ class Timer:
 
     def done(self) -> None:
         self._metrics.answer_length.observe(self._count)
+        self._metrics.whole_answer.observe(time.monotonic() - self._start)

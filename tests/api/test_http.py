@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from conftest import asgi_client
 from scripted import Script, ScriptedEngine
 
+from gptoss_compile.runtime.api import operations
 from gptoss_compile.runtime.api.app import build_app
 from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
@@ -204,6 +206,9 @@ async def test_metrics(client: httpx.AsyncClient, script: Script) -> None:
         "time_to_first_token_seconds_count 1",
         "inter_token_seconds_count",
         "request_generation_tokens_sum 6",
+        "request_seconds_count 1",
+        "preemptions_total 0",
+        "cached_tokens_total 0",
     ):
         assert f"\ngptoss_{name}" in text, name
     head = await client.head("/metrics")
@@ -229,6 +234,29 @@ async def test_engine_death(client: httpx.AsyncClient, engine: ScriptedEngine, s
     for url in ("/health", "/ready"):
         assert (await client.get(url)).status_code == 503
     assert (await client.post("/v1/completions", json={"prompt": "x"})).status_code == 503
+
+
+async def test_a_hung_step_is_unhealthy(
+    client: httpx.AsyncClient, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine lives, but what it waits for does not answer."""
+    monkeypatch.setattr(operations, "STALLED", 0.1)
+    running, release = threading.Event(), threading.Event()
+    original = engine.executor.run
+
+    def hang(*arguments: Any) -> Any:
+        running.set()
+        release.wait(10)
+        return original(*arguments)
+
+    monkeypatch.setattr(engine.executor, "run", hang)
+    asked = asyncio.create_task(client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}))
+    await asyncio.to_thread(running.wait, 10)
+    async with asyncio.timeout(10):
+        while (await client.get("/health")).status_code == 200:
+            await asyncio.sleep(0.01)
+    release.set()
+    assert (await asked).status_code == 200 and (await client.get("/health")).status_code == 200  # idle is healthy
 
 
 async def test_engine_death_in_a_stream(client: httpx.AsyncClient, engine: ScriptedEngine) -> None:
