@@ -20,7 +20,7 @@ from gptoss_compile.runtime.api.responses_tools import MAX_CALLS, MAX_REFUSALS, 
 from gptoss_compile.runtime.api.seal import Seal
 from gptoss_compile.runtime.api.tool_server.browser import Page
 from gptoss_compile.runtime.api.tool_server.server import Target, Toolbox
-from gptoss_compile.runtime.api.tools import as_turn, call_id, called_tool, is_thought
+from gptoss_compile.runtime.api.tools import NAMESPACE, as_turn, call_id, called_tool, is_thought
 from gptoss_compile.runtime.sampler import TokenLogprobs
 
 
@@ -87,7 +87,7 @@ class Output:
         assert call is not None and self.waiting
         result = await call.run()
         turn = self.turns[-1]
-        answer = Turn("tool", result, turn.channel, name=(turn.recipient or "").removeprefix("functions."))
+        answer = Turn("tool", result, turn.channel, name=(turn.recipient or "").removeprefix(NAMESPACE))
         self.turns.append(answer)
         if call.item is not None:
             self.item_turns[call.item["id"]] = [turn, answer]
@@ -99,7 +99,9 @@ class Output:
         yield from list_tools(self.items, self._options.toolbox, label)
 
     def _target(self, message: Message) -> Target | None:
-        return None if message.channel == "final" else self._options.toolbox.target(message.recipient)
+        """The server's tool that a message calls; a function of the client that has the same name comes first."""
+        declared = (message.recipient or "").startswith(NAMESPACE) and called_tool(message, self._options.tools)
+        return None if declared or message.channel == "final" else self._options.toolbox.target(message.recipient)
 
     def _call_event(self, event: Event, target: Target, cut: bool) -> Iterator[OutputEvent]:
         message = event.message

@@ -351,6 +351,34 @@ async def test_allowed(client: httpx.AsyncClient, script: Script, engine: Script
     assert "namespace browser" in text and "namespace station" not in text and "get_weather" not in text
 
 
+async def test_remote_browser_and_python(
+    engine: ScriptedEngine, tokenizer: Tokenizer, options: ServerOptions, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MCP servers that call themselves browser and python, like gpt-oss's own, stand in for the built-in tools."""
+    seen = []
+
+    class Remote(Station):
+        async def call_tool(self, name: str, arguments: dict[str, Any], read_timeout_seconds: float) -> Any:
+            seen.append((name, arguments))
+            return await super().call_tool(name, {"city": name}, read_timeout_seconds)
+
+    monkeypatch.setattr(mcp_tools, "_client", lambda address: Remote())
+    servers = {name: mcp_tools.McpServer("x:1", name, ()) for name in ("browser", "python")}
+    client = asgi_client(build_app(engine, tokenizer, options, ToolServer(servers["browser"], servers["python"])))
+    script.add(call("browser.search", '{"query": "owl"}'), call("browser.open", '{"id": 3}'))
+    script.add(call("browser.find", '{"pattern": "x"}'), call("python", "print(1)"), final("ok【0†L1】"))
+    body = await ask(client, True, tools=[WEB, PY])
+    assert [item["status"] for item in body["output"] if item["type"].endswith("_call")] == ["completed"] * 4
+    assert [name for name, _ in seen] == ["search", "open", "find", "python"] and seen[3][1] == {"code": "print(1)"}
+    assert "<|message|>python: sunny<|end|>" in prompt(engine, tokenizer)
+
+
+async def test_functions_come_first(client: httpx.AsyncClient, script: Script) -> None:
+    script.add(THOUGHT + '<|channel|>commentary to=functions.python <|constrain|>json<|message|>{"city":"P"}<|call|>')
+    body = await ask(client, True, tools=[PY, {**TOOL, "name": "python"}])
+    assert body["output"][-1]["type"] == "function_call"
+
+
 @needs_sandbox
 async def test_cancel_ends_the_sandbox(client: httpx.AsyncClient, script: Script) -> None:
     script.add(call("python", "import time\ntime.sleep(60)"))
@@ -487,22 +515,24 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def http_server() -> Iterator[str]:
+def http_server(request: pytest.FixtureRequest) -> Iterator[str]:
     pytest.importorskip("mcp", reason="the package mcp is not installed")
     import uvicorn
 
     names: dict[str, Any] = {"__name__": "station"}
     exec(SERVER, names)
     listener = server._listen("127.0.0.1", 0)
-    web = uvicorn.Server(uvicorn.Config(names["server"].streamable_http_app(), log_level="error"))
+    sse = request.node.callspec.params["transport"] == "sse"
+    app = names["server"].sse_app() if sse else names["server"].streamable_http_app()
+    web = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    yield "{}:{}".format(*listener.getsockname()[:2])
+    yield "{}:{}".format(*listener.getsockname()[:2]) + "/sse" * sse
     web.should_exit = True
     thread.join(10)
 
 
-@pytest.mark.parametrize("transport", ["http", "stdio"])
+@pytest.mark.parametrize("transport", ["http", "sse", "stdio"])
 async def test_real_mcp(
     transport: str,
     request: pytest.FixtureRequest,
@@ -516,7 +546,7 @@ async def test_real_mcp(
     import sys
 
     pytest.importorskip("mcp", reason="the package mcp is not installed")
-    address = request.getfixturevalue("http_server") if transport == "http" else ""
+    address = request.getfixturevalue("http_server") if transport != "stdio" else ""
     if transport == "stdio":
         (tmp_path / "station.py").write_text(SERVER)
         address = f"stdio:{shlex.join([sys.executable, str(tmp_path / 'station.py')])}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -185,6 +185,25 @@ class Browser:
         where = f" ({page.url})" if page.url else ""
         last = len(page.lines) - 1
         return f"[{len(self.pages) - 1}] {page.title}{where}\n**viewing lines [{start} - {end - 1}] of {last}**\n\n{body}"
+
+
+class RemoteBrowser(Browser):
+    """The browser of an MCP server, which keeps the pages; only what the calls themselves say is known of them here."""
+
+    def __init__(self, call: Callable[[str, str], Awaitable[str]]) -> None:
+        self.pages = []
+        self._call = call
+
+    def action(self, function: str, arguments: str) -> dict[str, Any]:
+        match parsed := _parse(function, arguments):
+            case Find():
+                return {"type": "find_in_page", "pattern": parsed.pattern, "url": ""}
+            case Open():
+                return {"type": "open_page"} | ({"url": parsed.id} if isinstance(parsed.id, str) else {})
+        return super().action(function, arguments)
+
+    async def call(self, function: str, arguments: str) -> str:
+        return await self._call(function, arguments)
 
 
 def _stays(wanted: Open) -> bool:

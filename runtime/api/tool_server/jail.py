@@ -97,7 +97,8 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, data: s
 
 def build_root(roots: list[str], size: int) -> None:
     """A file system of `size` bytes in memory becomes /, with the roots in it; work goes on in its /tmp."""
-    base = "/tmp"
+    taken = [root for root in roots if not os.path.islink(root)]
+    base = next(each for each in ("/tmp", "/mnt", "/media") if not any(root.startswith(each) for root in taken))
     mount(None, "/", None, RECURSIVE | PRIVATE)
     mount("tmpfs", base, "tmpfs", NO_SETUID | NO_DEVICES, f"size={size},mode=755")
     for root in roots:

@@ -13,6 +13,7 @@ import shlex
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from gptoss_compile.runtime.api.tool_server.base import ToolError
 
@@ -31,7 +32,7 @@ class McpTool:
 
 @dataclass(frozen=True)
 class McpServer:
-    """address: host:port, a URL, or `stdio:` and a command line. label: the server's name for itself."""
+    """address: host:port[/path], a URL, or `stdio:` and a command line. label: the server's name for itself."""
 
     address: str
     label: str
@@ -80,10 +81,13 @@ class McpSessions:
             parsed = None
         if not isinstance(parsed, dict):
             raise ToolError("The arguments must be a JSON object.")
+        return await self.send(server, tool, parsed)
+
+    async def send(self, server: McpServer, tool: str, arguments: dict[str, Any]) -> str:
         try:
             if server.label not in self._clients:
                 self._clients[server.label] = await self._stack.enter_async_context(_client(server.address))
-            result = await self._clients[server.label].call_tool(tool, parsed, read_timeout_seconds=SECONDS)
+            result = await self._clients[server.label].call_tool(tool, arguments, read_timeout_seconds=SECONDS)
         except Exception as error:
             raise ToolError(f"The tool failed: {_cause(error)}") from None
         text = "\n".join(getattr(part, "text", f"[{part.type}]") for part in result.content)
@@ -96,11 +100,15 @@ class McpSessions:
 
 def _client(address: str) -> Any:
     from mcp import Client, StdioServerParameters  # an extra
+    from mcp.client.sse import sse_client
 
     if address.startswith(STDIO):
         command, *arguments = shlex.split(address.removeprefix(STDIO))
         return Client(StdioServerParameters(command=command, args=arguments), read_timeout_seconds=SECONDS)
-    return Client(address if "://" in address else f"http://{address}/mcp", read_timeout_seconds=SECONDS)
+    url = address if "://" in address else f"http://{address}"
+    if not urlsplit(url).path.strip("/"):
+        url = f"{url.rstrip('/')}/mcp"
+    return Client(sse_client(url) if url.endswith("/sse") else url, read_timeout_seconds=SECONDS)
 
 
 def _cause(error: BaseException) -> str:

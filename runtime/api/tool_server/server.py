@@ -12,14 +12,13 @@ from typing import Any
 from openai_harmony import ToolDescription, ToolNamespaceConfig
 
 from gptoss_compile.runtime.api.schema_text import tool_schema
-from gptoss_compile.runtime.api.tool_server.browser import Browser, Page, SearchBackend
+from gptoss_compile.runtime.api.tool_server.browser import Browser, Page, RemoteBrowser, SearchBackend
 from gptoss_compile.runtime.api.tool_server.mcp_tools import McpServer, McpSessions
 from gptoss_compile.runtime.api.tool_server.sandbox import Sandbox
 from gptoss_compile.runtime.api.tool_server.search import Corpus, Exa
 
 logger = logging.getLogger(__name__)
 DEMO = "demo"
-RESERVED = ("functions", "browser", "python")
 DESCRIPTION = 1000  # characters of a tool's description that the model is shown
 PYTHON = (
     "Runs Python code in your chain of thought. The code is not shown to the user, so do not use it for code that the user "
@@ -31,10 +30,10 @@ PYTHON = (
 
 @dataclass(frozen=True)
 class ToolServer:
-    """browser, python: None where off. mcp: by label."""
+    """browser, python: None where off; from an MCP server of that name, or built in. mcp: the other servers, by label."""
 
-    browser: SearchBackend | None = None
-    python: Sandbox | None = None
+    browser: SearchBackend | McpServer | None = None
+    python: Sandbox | McpServer | None = None
     mcp: Mapping[str, McpServer] = field(default_factory=dict)
 
     @classmethod
@@ -49,19 +48,24 @@ class ToolServer:
             raise ValueError("--search-corpus is for --tool-server demo, which is not on")
         servers: dict[str, McpServer] = {}
         for server in asyncio.run(_ask([entry for entry in entries if entry != DEMO])):
-            if server.label in servers or server.label in RESERVED:
+            if server.label in servers or server.label == "functions":
                 raise ValueError(f"the MCP server at {server.address} calls itself {server.label!r}, and that name is taken")
             servers[server.label] = server
+        browser, python = servers.pop("browser", None), servers.pop("python", None)
         if DEMO not in entries:
-            return cls(mcp=servers)
-        sandbox = Sandbox()
-        if reason := sandbox.unavailable():
-            logger.warning("the python tool is off: %s", reason)
-        return cls(_backend(search_corpus), None if reason else sandbox, servers)
+            return cls(browser, python, servers)
+        return cls(browser or _backend(search_corpus), python or _sandbox(), servers)
 
 
 async def _ask(addresses: Sequence[str]) -> list[McpServer]:
     return [await McpServer.ask(address) for address in addresses]
+
+
+def _sandbox() -> Sandbox | None:
+    sandbox = Sandbox()
+    if reason := sandbox.unavailable():
+        logger.warning("the python tool is off: %s", reason)
+    return None if reason else sandbox
 
 
 def _backend(search_corpus: str | None) -> SearchBackend | None:
@@ -99,11 +103,16 @@ class Toolbox:
         allowed: Mapping[str, Sequence[str]] | None = None,
         pages: Sequence[Page] = (),
     ) -> None:
-        self.browser = Browser(server.browser, pages) if browser and server.browser else None
+        self.browser = self._browser(server.browser, pages) if browser and server.browser else None
         self._python = server.python if python else None
         self._servers = {label: server.mcp[label] for label in allowed or {}}
         self._allowed = dict(allowed or {})
         self._sessions = McpSessions()
+
+    def _browser(self, source: SearchBackend | McpServer, pages: Sequence[Page]) -> Browser:
+        if isinstance(source, McpServer):
+            return RemoteBrowser(lambda function, arguments: self._sessions.call(source, function, arguments))
+        return Browser(source, pages)
 
     async def __aenter__(self) -> Toolbox:
         await self._sessions.__aenter__()
@@ -135,7 +144,8 @@ class Toolbox:
         if self.browser:
             found.append(ToolNamespaceConfig.browser())
         if self._python:
-            found.append(ToolNamespaceConfig.python().model_copy(update={"description": PYTHON}))
+            about = {"description": PYTHON} if isinstance(self._python, Sandbox) else {}
+            found.append(ToolNamespaceConfig.python().model_copy(update=about))
         for label in self._servers:
             tools = [
                 ToolDescription.new(each["name"], each["description"][:DESCRIPTION], tool_schema(each["input_schema"]))
@@ -173,5 +183,7 @@ class Toolbox:
             return await self.browser.call(target.function, text)
         if target.namespace == "python":
             assert self._python is not None
+            if isinstance(self._python, McpServer):
+                return await self._sessions.send(self._python, "python", {"code": text})
             return await self._python.run(text) or "(no output: use print() to see a value)"
         return await self._sessions.call(self._servers[target.namespace], target.function, text)
