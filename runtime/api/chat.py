@@ -51,9 +51,10 @@ class Chat:
         """Render the prompt and submit it n times. Raises ApiError."""
         body = self.body
         prompt = chat_prompt(body, self.context.options, self.context.calls)
-        if answer := chat_format(body):
-            prompt = replace(prompt, answer_format=answer.text)
+        answer = chat_format(body)
         grammars = await self.context.turn_grammars(chat_rules(body, prompt.tools, answer), body.n or 1)
+        if answer:
+            prompt = replace(prompt, answer_format=answer.text)
         limit = self.context.prompt_limit(None)
         try:
             self.prompt = await render(self.tokenizer, prompt, limit)

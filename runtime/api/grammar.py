@@ -34,7 +34,7 @@ from gptoss_compile.runtime.executor import Floats
 
 ANY_OBJECT: Schema = {"type": "object"}
 _NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
-_LIMITS = LLParserLimits(max_grammar_size=100_000, verbose_errors=False)
+_LIMITS = LLParserLimits(max_grammar_size=50_000, max_items_in_row=10_000, max_lexer_states=50_000, verbose_errors=False)
 _OPTIONAL = "functions."  # in recipients, which the model at times leaves out
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}  # more could go on for ever
 _ENDOFTEXT = 199999  # llguidance's end; a turn ends before it, with <|return|> or <|call|>
@@ -69,7 +69,7 @@ class TurnRules:
 class Grammars:
     """Compiles rules. The newest grammars are kept, since every turn of a conversation has the same."""
 
-    KEPT = 64
+    KEPT = 32
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -97,10 +97,10 @@ class Grammars:
         for header, schema in source.headers.items():
             probe = matcher.deep_copy()
             start = [*self._tokenizer.encode(header[0]), CHANNEL, *self._tokenizer.encode(header[1]), MESSAGE]
-            assert probe.try_consume_tokens(start) == len(start), header
+            probe.try_consume_tokens(start)
             probe.compute_bitmask()
             if probe.is_error():
-                raise refused(schema.path, "no value can satisfy the schema, or it is too complex")
+                raise refused(schema.path, "no value can satisfy it, or it is too complex")
         return matcher
 
 

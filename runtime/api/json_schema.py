@@ -10,14 +10,17 @@ from typing import Any
 
 Schema = dict[str, Any]
 
+BITS = 1024  # of an integer
 DEPTH = 100  # levels of JSON; about half as many of objects in objects
 NODES = 20_000  # JSON values
 CHARACTERS = 250_000  # in names and strings
 SUBSCHEMAS = 2_000
 SQUARES = 300_000  # sum of (properties of an object, or alternatives of a choice)², which is what they cost to compile
-ENUM = 5_000  # values in all enums
+ENUM = 5_000  # values in all enums and constants, those inside of others counted as well
 MULTIPLES = 10_000  # sum of all multipleOf: each compiles to an automaton with that many states
+DIGITS = 5_000  # in all bounds: each digit of a range is a part of a pattern
 MERGED = 8  # patterns, formats and lengths of one string, over allOf and $ref: compiling takes 2 to that power
+_PAIR = 30  # what two patternProperties cost to tell apart, in pairs of properties
 
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -26,6 +29,8 @@ _SINGLES = (
     "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
 _ANNOTATIONS = {"$schema", "$id", "$comment", "$defs", "definitions", "title", "description", "default", "examples"}
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems",
+           "minProperties", "maxProperties")  # fmt: skip
 _COMBINING = {"$ref", "allOf", "anyOf", "oneOf"}
 
 
@@ -49,6 +54,7 @@ class Budget:
             "properties and alternatives": SQUARES,
             "enum values": ENUM,
             "the sum of multipleOf": MULTIPLES,
+            "digits of bounds": DIGITS,
         }
     )
 
@@ -129,6 +135,8 @@ def _measure(node: Any, path: str, budget: Budget, depth: int) -> None:
     budget.spend("values", 1, path)
     if isinstance(node, str):
         budget.spend("characters", len(node), path)
+    elif isinstance(node, int) and node.bit_length() > BITS:
+        raise SchemaError(path, f"the schema has an integer of more than {BITS} bits")
     elif isinstance(node, list):
         for item in node:
             _measure(item, path, budget, depth + 1)
@@ -153,18 +161,30 @@ def _check(node: Schema, path: str, budget: Budget) -> None:
     for key in ("properties", "anyOf", "oneOf", "allOf"):
         if isinstance(members := node.get(key), (dict, list)):
             budget.spend("properties and alternatives", len(members) ** 2, f"{path}.{key}")
-    if isinstance(values := node.get("enum"), list):
-        budget.spend("enum values", len(values), f"{path}.enum")
-    multiple = node.get("multipleOf")
-    if isinstance(multiple, (int, float)) and not isinstance(multiple, bool):
-        digits = re.sub(r"[^0-9]", "", f"{multiple:.15g}".partition("e")[0]).strip("0") or "0"
-        budget.spend("the sum of multipleOf", min(max(int(multiple), int(digits)), MULTIPLES + 1), f"{path}.multipleOf")
+    if isinstance(members := node.get("patternProperties"), dict):
+        budget.spend("properties and alternatives", _PAIR * len(members) ** 2, f"{path}.patternProperties")
+    for key in ("enum", "const"):
+        budget.spend("enum values", _size(node[key]) if key in node else 0, f"{path}.{key}")
+    if isinstance(multiple := node.get("multipleOf"), (int, float)):
+        digits = re.sub(r"[^0-9]", "", f"{float(min(abs(multiple), 1e300)):.15g}".partition("e")[0]).strip("0") or "0"
+        budget.spend("the sum of multipleOf", int(min(max(abs(multiple), int(digits)), MULTIPLES + 1)), f"{path}.multipleOf")
+    for key in _BOUNDS:
+        if isinstance(bound := node.get(key), (int, float)):
+            budget.spend("digits of bounds", len(str(bound)), f"{path}.{key}")
     if "x-guidance" in node:
         raise SchemaError(f"{path}.x-guidance", "is not part of JSON Schema")
 
 
+def _size(value: Any) -> int:
+    members = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+    return 1 + sum(map(_size, members))
+
+
 class _Merge:
-    """Schemas that hold of one and the same value: how many constraints on strings they bring together."""
+    """Schemas that hold of one and the same value: how many constraints on a string they bring together.
+
+    Multiples count as more than half of what is allowed: two of them make an automaton of their product's size.
+    """
 
     def __init__(self, root: Schema) -> None:
         self._root = root
@@ -172,7 +192,7 @@ class _Merge:
 
     def check(self, node: Schema, path: str) -> None:
         if self._count(node, path) > MERGED:
-            raise SchemaError(path, f"allOf and $ref bring together more than {MERGED} patterns and lengths of one string")
+            raise SchemaError(path, "allOf and $ref bring together too many patterns, lengths or multiples")
 
     def _count(self, node: Any, path: str) -> int:
         if not isinstance(node, dict):
@@ -180,6 +200,7 @@ class _Merge:
         if id(node) not in self._known:
             self._known[id(node)] = None
             count = sum(key in node for key in ("pattern", "format", "minLength", "maxLength"))
+            count += (MERGED // 2 + 1) * ("multipleOf" in node)
             for key, combine in (("allOf", sum), ("anyOf", max), ("oneOf", max)):
                 members = node.get(key)
                 if isinstance(members, list) and members:

@@ -186,10 +186,11 @@ class ResponseRun:
     async def start(self) -> Record:
         """Render, submit, and go on in a task. Raises ApiError for what cannot be served."""
         prompt, given, box = conversation(self.context, self.body, self.parent)
-        if answer := response_format(self.body):
-            prompt = replace(prompt, answer_format=answer.text)
+        answer = response_format(self.body)
         self.rules = response_rules(self.body, prompt.tools, box, answer)
         [grammar] = await self.context.turn_grammars(self.rules)
+        if answer:
+            prompt = replace(prompt, answer_format=answer.text)
         ids = await render_input(self.context, prompt, self.context.prompt_limit(None))
         self.answers = await self._submit(ids, 0, grammar)
         record = Record(self._new(prompt), given.items, given.turns, given.callers)
