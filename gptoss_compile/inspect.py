@@ -60,9 +60,9 @@ def _weight_bytes(recipe: dict[str, Any]) -> int:
 def show(data: dict[str, Any]) -> None:
     """The report as tables."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     config, target = data["config"], Target.parse(data["target"])
     console.print(f"[bold]{config['num_layers']} layers[/], hidden {config['hidden']}, {config['num_experts']} experts "
                   f"({config['expert_format']}), top-{config['experts_per_token']}, vocabulary {config['vocab_size']}")
@@ -72,7 +72,7 @@ def show(data: dict[str, Any]) -> None:
     console.print("tools: " + ", ".join(f"{k} {v}" for k, v in sorted(data["tools"].items())))
     console.print(f"digest {data['digest']}\n")
 
-    table = Table("pass", "exactness", *data["buckets"], title="matches of each pass, by bucket")
+    table = Table(Column("pass", no_wrap=True), "exactness", *(Column(b, justify="right") for b in data["buckets"]), title="matches of each pass, by bucket")
     counts = {(r["bucket"], r["name"]): r["matches"] for r in data["passes"]}
     exactness = {r["name"]: r["exactness"] for r in data["passes"]}
     for name, kind in exactness.items():
@@ -80,7 +80,7 @@ def show(data: dict[str, Any]) -> None:
     console.print(table)
 
     for name, bucket in data["buckets"].items():
-        table = Table("kernel", "op", "steps", "launches", "bytes", "FLOP", f"floor on {target.part}",
+        table = Table(Column("kernel", no_wrap=True), Column("op", no_wrap=True), "steps", "launches", "bytes", "FLOP", f"floor on {target.part}",
                       title=f"{name}: {bucket['steps']} steps, {bucket['launches']} launches")
         for kernel, row in bucket["kernels"].items():
             table.add_row(kernel, row["op"], str(row["count"]), str(row["launches"]), _size(row["bytes"]),

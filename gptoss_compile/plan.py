@@ -9,11 +9,13 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from gptoss_compile.dialect import OPS
+from gptoss_compile.kernels.registry import SPECS
 from gptoss_compile.kernels.spec import KernelSpec, Launch, TensorSpec
 from gptoss_compile.kernels.spec import Operand as KernelOperand
 from gptoss_compile.launch_plan import KernelLaunch, LaunchPlan, Operand, Step, Value
 from gptoss_compile.memory import Lifetime, align, assign
 from gptoss_compile.passes.base import Context
+from gptoss_compile.target import Target
 from gptoss_compile.trace import DTYPE_NAMES, Role
 
 
@@ -91,7 +93,7 @@ def make_plan(graph: fx.Graph, ctx: Context, *, rank: int = 0, binary_of: Binary
         frees = tuple((int(places[key].key), int(places[key].key) + align(life.size))
                       for key, life in buffers if life.last == i)
         steps.append(Step(op_name(node), kernel, operands, outputs, tuple(planned), frees,
-                          sum(x.moved for x in launches[node]), sum(x.flops for x in launches[node])))
+                          *_cost(node, launches[node])))
 
     roles = [(n, n.meta["role"]) for n in graph.nodes if n.op == "placeholder"]
     external = {kind: tuple(_external(n, role) for n, role in roles if role.kind == kind) for kind in ("input", "cache")}
@@ -104,6 +106,16 @@ def make_plan(graph: fx.Graph, ctx: Context, *, rank: int = 0, binary_of: Binary
 def _launches(node: fx.Node, ctx: Context) -> tuple[Launch, ...]:
     kernel: KernelSpec = node.meta["kernel"]
     return kernel.instantiate(ctx.target, tensor_operands(node_operands(node)))
+
+
+def _cost(node: fx.Node, launches: tuple[Launch, ...]) -> tuple[int, int]:
+    """(bytes that must move, operations) of a step. Without launches, those that the operator's kernel would have: both
+    follow from the shapes."""
+    if not launches:
+        operands, target = tensor_operands(node_operands(node)), Target.parse("sm90")
+        kernel = next(s for s in SPECS if s.op == op_name(node) and s.supports(target, operands))
+        launches = kernel.instantiate(target, operands)
+    return sum(x.moved for x in launches), sum(x.flops for x in launches)
 
 
 def _outputs(node: fx.Node) -> tuple[Tensor, ...]:
