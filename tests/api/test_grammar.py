@@ -8,13 +8,16 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import suppress
+from typing import Any, Literal
 
 import httpx
 import pytest
 from conftest import asgi_client
 from jsonschema import Draft202012Validator
 from llguidance import LLParserLimits
+from openai import AsyncOpenAI, LengthFinishReasonError
+from pydantic import BaseModel, ValidationError
 from random_schemas import NoiseExecutor, random_schema
 from scripted import VOCAB, Script, ScriptedEngine
 
@@ -177,6 +180,34 @@ async def test_streamed_arguments(noise: httpx.AsyncClient, seed: int) -> None:
         deltas = [e["delta"] for e in events if e["type"].endswith("arguments.delta") and e["item_id"] == item["id"]]
         assert "".join(deltas) == item["arguments"]
         assert item["status"] == "incomplete" or valid(item["arguments"], schema)
+
+
+async def test_official_client(noise: httpx.AsyncClient) -> None:
+    """Its own way to ask for a pydantic model, in chat and in Responses."""
+    client = AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=noise, _strict_response_validation=True)
+    for _ in range(5):
+        with suppress(LengthFinishReasonError):
+            chat_answer = await client.chat.completions.parse(
+                model="gpt-oss", messages=[{"role": "user", "content": "Go."}], response_format=Trip, max_tokens=600
+            )
+            assert isinstance(chat_answer.choices[0].message.parsed, Trip)
+            break
+    else:
+        raise AssertionError("no answer was finished")
+    with suppress(ValidationError):  # of an unfinished one
+        answer = await client.responses.parse(model="gpt-oss", input="Go.", text_format=Trip, max_output_tokens=600)
+        assert answer.status == "completed" and isinstance(answer.output_parsed, Trip)
+
+
+class Stop(BaseModel):
+    city: Literal["Oslo", "Rome"]
+    nights: int
+    notes: list[str] | None
+
+
+class Trip(BaseModel):
+    stops: list[Stop]
+    back: Stop | None
 
 
 # What a model would write, forced or not --------------------------------------------------------------------------------
