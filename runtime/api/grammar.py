@@ -135,14 +135,18 @@ class TurnGrammar:
             scores_V[~forbidden_V] = 0
 
     def _mask(self, new: Sequence[int]) -> npt.NDArray[np.bool_]:
-        for token in new:
-            self._matcher.consume_token(token)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        forbidden_V = np.unpackbits(~bits, count=VOCABULARY, bitorder="little").view(np.bool_)
-        if self._matcher.is_error():
+        """True for every id that cannot follow, once `new` were chosen. Fails closed: after an error only the end can."""
+        forbidden_V = np.ones(VOCABULARY, np.bool_)
+        try:
+            for token in new:
+                self._matcher.consume_token(token)
+            bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+            if not self._matcher.is_error():
+                return np.unpackbits(~bits, count=VOCABULARY, bitorder="little").view(np.bool_)
             self.error = _reason(self._matcher.get_error())
-            forbidden_V[:] = True
-            forbidden_V[RETURN] = False
+        except BaseException as failure:  # a panic in Rust is no Exception
+            self.error = type(failure).__name__
+        forbidden_V[RETURN] = False
         return forbidden_V
 
 

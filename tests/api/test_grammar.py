@@ -8,24 +8,31 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Literal
 
 import httpx
+import numpy as np
 import pytest
 from conftest import asgi_client
 from jsonschema import Draft202012Validator
 from llguidance import LLParserLimits
 from openai import AsyncOpenAI, LengthFinishReasonError
+from openai_harmony import ToolDescription, ToolNamespaceConfig
 from pydantic import BaseModel, ValidationError
 from random_schemas import NoiseExecutor, random_schema
 from scripted import VOCAB, Script, ScriptedEngine
 
 from gptoss_compile.runtime.api import grammar
 from gptoss_compile.runtime.api.app import build_app
+from gptoss_compile.runtime.api.harmony import CHANNEL, MESSAGE, RETURN
 from gptoss_compile.runtime.api.options import ServerOptions
+from gptoss_compile.runtime.api.responses_prompt import function_tools
+from gptoss_compile.runtime.api.responses_schema import ResponseBody
 from gptoss_compile.runtime.api.schema_text import tool_schema
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
+from gptoss_compile.runtime.api.turn_rules import response_rules
 from gptoss_compile.runtime.engine import Engine
 
 pytestmark = pytest.mark.anyio
@@ -264,6 +271,23 @@ async def test_a_grammar_that_fails_on_the_way(client: httpx.AsyncClient, script
     assert (await chat(client, response_format=formatted(schema)))["choices"][0]["message"]["content"] == "{}"
 
 
+def test_a_panic_fails_closed() -> None:
+    class Panic(BaseException):
+        """As a panic in Rust arrives."""
+
+    class Matcher:
+        def compute_bitmask(self) -> bytes:
+            raise Panic
+
+    broken: Any = Matcher()
+    with ThreadPoolExecutor(1) as workers:
+        turn = grammar.TurnGrammar(broken, workers)
+        scores = np.zeros(VOCAB, np.float32)
+        scores[RETURN] = -np.inf  # as min_tokens does it
+        turn([], scores)
+    assert turn.error == "Panic" and np.flatnonzero(np.isfinite(scores)).tolist() == [RETURN]
+
+
 # Refused ----------------------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +376,47 @@ async def test_tools_are_refused_when_strict(client: httpx.AsyncClient, script: 
     script.add('<|channel|>commentary to=functions.f<|message|>{"tags":["a"]}<|call|>')
     choice = (await chat(client, tools=[tool("f", schema)]))["choices"][0]
     assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"tags":["a"]}'
+
+
+class Box:
+    """A toolbox as far as the rules look at it."""
+
+    kinds = ("web_search", "code_interpreter", "mcp")
+    recipients = ("browser.search", "python", "wiki.read")
+
+    def namespaces(self) -> list[ToolNamespaceConfig]:
+        wiki = ToolNamespaceConfig(name="wiki", description=None, tools=[ToolDescription.new("read", "Read.", None)])
+        return [ToolNamespaceConfig.browser(), ToolNamespaceConfig.python(), wiki]
+
+
+@pytest.mark.parametrize(
+    ("choice", "recipients"),
+    [
+        ("required", None),
+        ({"type": "function", "name": "f"}, ["functions.f"]),
+        ({"type": "web_search"}, ["browser.search", "browser.open", "browser.find"]),
+        ({"type": "code_interpreter"}, ["python"]),
+        ({"type": "mcp", "server_label": "wiki"}, ["wiki.read"]),
+        ("auto", None),
+        (None, None),
+    ],
+)
+def test_rules_with_the_servers_tools(tokenizer: Tokenizer, choice: Any, recipients: list[str] | None) -> None:
+    body = ResponseBody.model_validate(
+        {"input": "Go.", "tools": [{"type": "function", "name": "f", "parameters": WEATHER}], "tool_choice": choice}
+    )
+    box: Any = Box()
+    rules = response_rules(body, function_tools(body, box), box, None)
+    assert rules is not None and rules.must_call == (choice not in ("auto", None))
+    every = ["functions.f", "browser.search", "browser.open", "browser.find", "python", "wiki.read"]
+    assert [callee.recipient for callee in rules.callees] == (recipients or every)
+    for callee in rules.callees:
+        header = f" to={callee.recipient}"
+        written = [CHANNEL, *tokenizer.encode(f"analysis{header} code"), MESSAGE]
+        [turn] = grammar.Grammars(tokenizer).compile(rules, 1)
+        scores = np.zeros(VOCAB, np.float32)
+        turn(written, scores)
+        assert turn.error is None and np.isfinite(scores[tokenizer.encode("print(")[0]]) == (callee.recipient == "python")
 
 
 # The prompt -------------------------------------------------------------------------------------------------------------
