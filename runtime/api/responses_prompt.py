@@ -208,9 +208,16 @@ def forced_recipients(body: PromptBody, recipients: Sequence[str]) -> list[str] 
         return None
     if choice.type in ("function", "custom"):
         return [NAMESPACE + str(choice.name)]
-    beginning = {"web_search": "browser.", "code_interpreter": "python"}.get(kind_of(choice.type))
-    others = [each for each in recipients if not each.startswith((NAMESPACE, "browser.")) and each != "python"]
-    return [each for each in recipients if each.startswith(beginning)] if beginning else others
+    return _of_server(choice, recipients)
+
+
+def _of_server(choice: ToolChoice, recipients: Sequence[str]) -> list[str]:
+    """The recipients of the server's tool that a tool_choice names."""
+    kind = kind_of(choice.type)
+    if kind == "mcp" and choice.name is None:
+        return [each for each in recipients if each.startswith(f"{choice.server_label}.")]
+    known = {"web_search": "browser.search", "code_interpreter": "python", "mcp": f"{choice.server_label}.{choice.name}"}
+    return [each for each in recipients if each == known.get(kind)]
 
 
 def _allowed(choice: ToolChoice, box: Toolbox) -> list[str]:
@@ -218,6 +225,6 @@ def _allowed(choice: ToolChoice, box: Toolbox) -> list[str]:
         return [choice.name]
     if choice.type == "allowed_tools" and choice.tools:
         return [str(tool.get("name")) for tool in choice.tools if tool.get("type") in ("function", "custom", None)]
-    if kind_of(choice.type) in box.kinds:
+    if kind_of(choice.type) in box.kinds and _of_server(choice, box.recipients):
         return []
     raise bad_request(f"tool_choice of type {choice.type[:40]!r} is not available here.", "tool_choice")

@@ -122,10 +122,12 @@ class ResponseTool(Body):
 
 
 class ToolChoice(Body):
-    """`{"type": "function" or "custom", "name"}`, or `{"type": "allowed_tools", "mode", "tools"}`."""
+    """`{"type": "function" or "custom", "name"}`, `{"type": "allowed_tools", "mode", "tools"}`, or a tool of the server by
+    its type, with `server_label` and perhaps `name` for `mcp`."""
 
     type: str
     name: str | None = None
+    server_label: str | None = None
     mode: Literal["auto", "required"] | None = None
     tools: list[dict[str, Any]] | None = None
 

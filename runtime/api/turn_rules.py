@@ -78,9 +78,10 @@ def response_rules(
     }
     callees = [_function(tool, paths[tool.name]) for tool in tools]
     for namespace in box.namespaces():
-        names = [f"{namespace.name}.{tool.name}" for tool in namespace.tools]
-        callees += [Callee(name, {"type": "object"}) for name in names]
-        callees += [] if names else [Callee(namespace.name, text=True)]
+        known = namespace.name == "browser"  # MCP servers check their arguments themselves
+        for tool in namespace.tools:
+            callees.append(Callee(f"{namespace.name}.{tool.name}", tool.parameters if known else {"type": "object"}))
+        callees += [] if namespace.tools else [Callee(namespace.name, text=True)]
     forced = forced_recipients(body, [callee.recipient for callee in callees])
     if not (paths or answer or forced):
         return None

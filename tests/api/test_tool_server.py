@@ -379,6 +379,40 @@ async def test_functions_come_first(client: httpx.AsyncClient, script: Script) -
     assert body["output"][-1]["type"] == "function_call"
 
 
+@pytest.mark.parametrize(
+    ("choice", "item"),
+    [
+        (WEB, "web_search_call"),
+        ({"type": "code_interpreter"}, "code_interpreter_call"),
+        ({"type": "mcp", "server_label": "station"}, "mcp_call"),
+        ({"type": "mcp", "server_label": "station", "name": "forecast"}, "mcp_call"),
+        ("required", "web_search_call"),
+    ],
+)
+async def test_forced(client: httpx.AsyncClient, script: Script, choice: Any, item: str) -> None:
+    """The first turn must call; what the script wants to say instead is masked. Later turns are free."""
+    if item == "code_interpreter_call" and why:
+        pytest.skip(f"no sandbox here: {why}")
+    rest = {
+        "web_search_call": ' to=browser.search <|constrain|>json<|message|>{"query": "owl"}<|call|>',
+        "code_interpreter_call": " to=python code<|message|>print(1)<|call|>",
+        "mcp_call": ' to=station.forecast <|constrain|>json<|message|>{"city": "Bonn"}<|call|>',
+    }[item]
+    script.add("<|channel|>commentary" + rest, final("ok"))
+    body = await ask(client, False, tools=[WEB, PY, MCP] if item != "web_search_call" else [WEB], tool_choice=choice)
+    assert body["tool_choice"] == choice and item in [each["type"] for each in body["output"]]
+    assert body["output"][-1]["content"][0]["text"] == "ok"
+    script.add(final("no"), final("ok"))
+    answer = await ask(client, False, tools=[WEB, PY, MCP], tool_choice=choice, max_output_tokens=40)
+    assert "message" not in [each["type"] for each in answer["output"]]
+
+
+@pytest.mark.parametrize("extra", [{"server_label": "other"}, {"server_label": "station", "name": "x"}])
+async def test_forced_refused(client: httpx.AsyncClient, extra: dict[str, str]) -> None:
+    answer = await client.post(URL, json={"input": "x", "tools": [MCP], "tool_choice": {"type": "mcp", **extra}})
+    assert answer.status_code == 400 and error_of(answer)["param"] == "tool_choice"
+
+
 @needs_sandbox
 async def test_cancel_ends_the_sandbox(client: httpx.AsyncClient, script: Script) -> None:
     script.add(call("python", "import time\ntime.sleep(60)"))
