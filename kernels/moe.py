@@ -153,9 +153,11 @@ def gate_up_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Lau
 
 
 def down_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    """Few rows and deep tiles: with one token it is programs and bytes in flight that are short."""
     (tokens, top_k, inner), residual = tensor(operands, "h").shape, tensor(operands, "residual")
-    hidden, rows = residual.shape[1], 16 if isinstance(operands["scales"], TensorSpec) else 8
-    constants = {"H": hidden, "I": inner, "TOP_K": top_k, "ROWS": rows, "BK": 256}
+    hidden = residual.shape[1]
+    rows, depth = (4, 1024) if isinstance(operands["scales"], TensorSpec) else (8, 256)
+    constants = {"H": hidden, "I": inner, "TOP_K": top_k, "ROWS": rows, "BK": depth}
     pairs = tokens * top_k
     return (launch(moe_down_kernel, target, {**operands, "out0": residual}, constants, grid=tokens * cdiv(hidden, rows),
                    moved=total_bytes(operands["h"], residual, residual) + expert_bytes(operands, pairs),
