@@ -33,7 +33,8 @@ def _served(artifact: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "gptoss_compile.cli", "serve", str(artifact), "--port", str(port)])
+    command = [sys.executable, "-m", "gptoss_compile.cli", "serve", str(artifact), "--port", str(port)]
+    server = subprocess.Popen([*command, "--log-level", "warning"])  # the terminal is for the answer
     try:
         _wait(server, port)
         yield f"http://127.0.0.1:{port}/v1"

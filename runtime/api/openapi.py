@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.responses_schema import CompactBody, PromptBody, ResponseBody
 from gptoss_compile.runtime.api.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 
@@ -105,10 +106,18 @@ _ERROR = {
 }
 
 
-def document(*, keyed: bool) -> dict[str, Any]:
-    """keyed: the server was started with API keys."""
+# One event of a stream, as its fields. The last one of a stream in chat and completions has the data [DONE].
+_EVENT = {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
+
+
+def document(options: ServerOptions) -> dict[str, Any]:
+    """Of a server with these names and keys."""
     bodies = [operation.body for operation in OPERATIONS if operation.body]
     _, schemas = models_json_schema([(body, "validation") for body in bodies], ref_template=_REF)
+    for schema in schemas["$defs"].values():
+        if "model" in schema.get("properties", {}):
+            required = "model" in schema.get("required", ())
+            schema["properties"]["model"] = {"enum": [*options.served_model_names, *([] if required else [None])]}
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
@@ -119,7 +128,7 @@ def document(*, keyed: bool) -> dict[str, Any]:
         "paths": paths,
         "components": components,
     }
-    if keyed:
+    if options.api_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         whole["security"] = [{"key": []}]
         paths["/health"]["get"]["security"] = []
@@ -150,7 +159,8 @@ def _operation(operation: Operation) -> dict[str, Any]:
 
 
 def _contents(operation: Operation) -> dict[str, Any]:
-    return {kind: {"schema": _object(operation.keys) if kind == JSON else {"type": "string"}} for kind in operation.contents}
+    schemas = {JSON: _object(operation.keys), EVENTS: _EVENT}
+    return {kind: {"schema": schemas.get(kind, {"type": "string"})} for kind in operation.contents}
 
 
 def _object(keys: tuple[str, ...]) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def _object(keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 async def openapi(request: Request) -> Response:
-    return JSONResponse(document(keyed=bool(request.app.state.context.options.api_keys)))
+    return JSONResponse(document(request.app.state.context.options))
 
 
 async def docs(request: Request) -> Response:

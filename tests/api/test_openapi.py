@@ -48,9 +48,10 @@ async def test_routes_are_the_servers(engine: ScriptedEngine, tokenizer: Tokeniz
     }
     assert served == {(operation.method, operation.path) for operation in OPERATIONS}
     for keyed in (False, True):
-        async with asgi_client(build_app(engine, tokenizer, ServerOptions(api_keys=("k",) * keyed))) as client:
+        options = ServerOptions(api_keys=("k",) * keyed)
+        async with asgi_client(build_app(engine, tokenizer, options)) as client:
             answer = (await client.get("/openapi.json", headers={"authorization": "Bearer k"})).json()
-            assert answer == document(keyed=keyed) and ("security" in answer) is keyed
+            assert answer == document(options) and ("security" in answer) is keyed
             page = await client.get("/docs", headers={"authorization": "Bearer k"})
             assert all(operation.path in page.text for operation in OPERATIONS)
 
