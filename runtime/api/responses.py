@@ -312,9 +312,9 @@ class ResponseRun:
             async with self.answers:
                 async for _, new in self.answers.outputs():
                     record.emit_all(progress.feed(new))
-                    if output.waiting:
+                    if output.waiting is not None:
                         break
-            if not output.waiting:
+            if output.waiting is None:
                 return
             record.emit_all(await output.make_call())
             left = self.body.max_output_tokens is None or progress.tokens < self.body.max_output_tokens
@@ -398,7 +398,7 @@ class _Progress:
             self.tokens += 1
             for each in self._parsers[-1].push(token):
                 events += self.output.feed(each, new.logprobs[i] if new.logprobs else None)
-            if self.output.waiting:
+            if self.output.waiting is not None:
                 return events
         if new.finish_reason:
             self.finish_reason = new.finish_reason

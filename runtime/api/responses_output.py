@@ -52,8 +52,8 @@ class Output:
         self.item_turns: dict[str, list[Turn]] = {}
         self.reasoning_tokens = 0
         self.calls = 0  # of the server's tools
-        self.call: CallItem | None = None  # the one that is written, or waits to be made
-        self.waiting = False
+        self.call: CallItem | None = None  # the one that is written, or waiting
+        self.waiting: Turn | None = None  # the call to be made; it joins the conversation together with its result
         self._container = f"cntr_{secrets.token_hex(16)}"
         self._scores: list[dict[str, Any]] = []
 
@@ -84,14 +84,14 @@ class Output:
     async def make_call(self) -> list[OutputEvent]:
         """Make the call that waits."""
         call = self.call
-        assert call is not None and self.waiting
+        assert call is not None and self.waiting is not None
         result = await call.run()
-        turn = self.turns[-1]
-        answer = Turn("tool", result, turn.channel, name=(turn.recipient or "").removeprefix(NAMESPACE))
-        self.turns.append(answer)
+        made = self.waiting
+        answer = Turn("tool", result, made.channel, name=(made.recipient or "").removeprefix(NAMESPACE))
+        self.turns += [made, answer]
         if call.item is not None:
-            self.item_turns[call.item["id"]] = [turn, answer]
-        self.call, self.waiting = None, False
+            self.item_turns[call.item["id"]] = [made, answer]
+        self.call = self.waiting = None
         return list(call.finish())
 
     def list_tools(self, label: str) -> Iterator[OutputEvent]:
@@ -129,10 +129,10 @@ class Output:
         if self.call.item is not None and not known:
             self.items.append(self.call.item)
         self.calls += 1
-        self.waiting = not cut
-        self.turns.append(
-            Turn("assistant", message.text, message.channel, recipient=message.recipient, tokens=message.tokens)
-        )
+        if not cut:
+            self.waiting = Turn(
+                "assistant", message.text, message.channel, recipient=message.recipient, tokens=message.tokens
+            )
 
     def _where(self, **fields: Any) -> dict[str, Any]:
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, **fields}
