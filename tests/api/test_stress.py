@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import random
+from collections import Counter
 from typing import Any
 
 import httpx
@@ -98,18 +99,22 @@ async def test_disconnects_in_every_state(
 async def test_cancel_races_with_the_end(
     client: httpx.AsyncClient, engine: ScriptedEngine, script: Script, seed: int
 ) -> None:
+    """The delay before a cancellation is steered such that it comes too late about every second time."""
     rng = random.Random(seed)
-    seen: set[str] = set()
+    seen: Counter[str] = Counter()
+    delay = 0.03
 
     async def one() -> None:
+        nonlocal delay
         script.add(FINAL)
         made = (await client.post("/v1/responses", json={"input": "hi", "background": True})).json()
-        await asyncio.sleep(rng.uniform(0, 0.03))
+        await asyncio.sleep(delay * rng.uniform(0.7, 1.3))
         answer = await client.post(f"/v1/responses/{made['id']}/cancel")
         assert answer.status_code in (200, 400), answer.text
         now = (await client.get(f"/v1/responses/{made['id']}")).json()
         assert now["status"] == "cancelled" if answer.status_code == 200 else now["status"] == "completed"
-        seen.add(now["status"])
+        seen[now["status"]] += 1
+        delay *= 1.1 if now["status"] == "cancelled" else 1 / 1.1
 
     room = asyncio.Semaphore(4)
 
@@ -119,7 +124,8 @@ async def test_cancel_races_with_the_end(
 
     await asyncio.gather(*(bounded() for _ in range(RACES)))
     await idle(engine)
-    assert "cancelled" in seen
+    print(seen)
+    assert min(seen["cancelled"], seen["completed"]) > RACES // 5
 
 
 async def test_many_open_connections(running: Running, script: Script) -> None:
