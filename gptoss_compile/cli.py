@@ -74,7 +74,7 @@ def _compile(options: argparse.Namespace) -> None:
     request = Request(target, options.weights, options.buckets, options.max_context, options.dtype, options.tp,
                       _pass_options(options.skip, options.limit), options.dump_ir, options.verify)
     if options.model is None:
-        print("no MODEL given: compiling the built-in demo model (small, random weights: its answers are noise)")
+        print("no MODEL given: compiling the built-in demo model")
         folder, name = build_demo(), "demo"
     else:
         name = Path(options.model).resolve().name

@@ -72,7 +72,8 @@ def show(data: dict[str, Any]) -> None:
     console.print("tools: " + ", ".join(f"{k} {v}" for k, v in sorted(data["tools"].items())))
     console.print(f"digest {data['digest']}\n")
 
-    table = Table(Column("pass", no_wrap=True), "exactness", *(Column(b, justify="right") for b in data["buckets"]), title="matches of each pass, by bucket")
+    columns = (Column("pass", no_wrap=True), Column("exactness"), *(Column(b, justify="right") for b in data["buckets"]))
+    table = Table(*columns, title="matches of each pass, by bucket")
     counts = {(r["bucket"], r["name"]): r["matches"] for r in data["passes"]}
     exactness = {r["name"]: r["exactness"] for r in data["passes"]}
     for name, kind in exactness.items():
@@ -80,7 +81,8 @@ def show(data: dict[str, Any]) -> None:
     console.print(table)
 
     for name, bucket in data["buckets"].items():
-        table = Table(Column("kernel", no_wrap=True), Column("op", no_wrap=True), "steps", "launches", "bytes", "FLOP", f"floor on {target.part}",
+        names = (Column("kernel", no_wrap=True), Column("op", no_wrap=True))
+        table = Table(*names, "steps", "launches", "bytes", "FLOP", f"floor on {target.part}",
                       title=f"{name}: {bucket['steps']} steps, {bucket['launches']} launches")
         for kernel, row in bucket["kernels"].items():
             table.add_row(kernel, row["op"], str(row["count"]), str(row["launches"]), _size(row["bytes"]),

@@ -133,7 +133,9 @@ class Device:
         doing = f"pinning {gib(size)} of host memory for {purpose}"
         address = int(self.check(self.api.cuMemHostAlloc(max(size, 1), 0), doing))
         self._pinned.append(address)
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+        memory: Any = (ctypes.c_uint8 * size).from_address(address)
+        block: Bytes = np.frombuffer(memory, np.uint8)
+        return block
 
     def release(self, address: int) -> None:
         """Give device memory back."""

@@ -138,7 +138,8 @@ def table(outcomes: Sequence[Outcome], repairs: int) -> str:
     mean = sum(sum(o.right for o in some) / len(some) for some in by_skill.values()) / len(by_skill)
     formed = sum(o.formed for o in outcomes)
     calls = [o for o in outcomes if o.called is not None]
-    facts = [("mean accuracy of the skills", f"{mean:.1%}"), ("well formed", f"{max(0, formed - repairs) / len(outcomes):.1%}"),
+    facts = [("mean accuracy of the skills", f"{mean:.1%}"),
+             ("well formed", f"{max(0, formed - repairs) / len(outcomes):.1%}"),
              ("functions: right name", _share(bool(o.called) for o in calls)),
              ("functions: arguments that fit the schema", _share(bool(o.valid) for o in calls)),
              ("ran into the token limit", _share(o.looped for o in outcomes)), ("repairs by the parser", str(repairs))]

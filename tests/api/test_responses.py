@@ -91,7 +91,8 @@ def check_events(found: list[dict[str, Any]]) -> None:
     for e in found[2:-1]:
         kind = e["type"].removeprefix("response.")
         if kind == "output_item.added":
-            assert current is None and e["output_index"] == len(items) and e["item"].get("status", "in_progress") == "in_progress"
+            assert current is None and e["output_index"] == len(items)
+            assert e["item"].get("status", "in_progress") == "in_progress"
             current, delta = e["item"], ""
             continue
         assert current is not None and e["output_index"] == len(items)

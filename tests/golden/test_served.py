@@ -7,6 +7,7 @@ yours, for example the demo's.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -147,17 +148,13 @@ async def _one(client: httpx.AsyncClient, url: str, job: Job, delay: float) -> l
     body = {"model": "small", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
             "return_token_ids": True, "stream": stream}
     if given_up:
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(client.post(f"{url}/v1/completions", json=body), delay)
-        except TimeoutError:
-            pass
         return None
     if not stream:
         answer = await client.post(f"{url}/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
         return list(answer.json()["choices"][0]["token_ids"])
-    import json
-
     ids: list[int] = []
     async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
         assert answer.status_code == 200

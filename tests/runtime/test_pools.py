@@ -23,7 +23,7 @@ def test_as_many_pages_as_all_sequences_can_use() -> None:
 def test_memory_bounds_the_pages() -> None:
     memory = 96 * PAGE * 2 + 100 * PAGE * 2  # window layers' share, and 100 pages for the two full layers
     assert sizes(None, memory=memory)[0] == 100 + 1
-    with pytest.raises(ValueError, match="too little for one page.*lower --max-num-seqs"):
+    with pytest.raises(ValueError, match=r"too little for one page.*lower --max-num-seqs"):
         sizes(None, memory=96 * PAGE * 2)
 
 
