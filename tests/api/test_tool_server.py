@@ -412,8 +412,8 @@ async def test_forced(
     before = len(engine.prompts)
     script.add(final("no"), final("ok"))
     answer = await ask(client, False, tools=[WEB, PY, MCP], tool_choice=choice, max_output_tokens=40)
-    rounds = len(engine.prompts) - before  # a message can only come after a call, even one whose arguments made no sense
-    assert rounds > 1 or "message" not in [each["type"] for each in answer["output"]]
+    rounds = len(engine.prompts) - before  # an answer can only come after a call, even one whose arguments made no sense
+    assert rounds > 1 or "final_answer" not in [each.get("phase") for each in answer["output"]]
 
 
 @pytest.mark.parametrize("extra", [{"server_label": "other"}, {"server_label": "station", "name": "x"}])
