@@ -7,8 +7,8 @@
     call    = <|channel|>commentary to=functions.NAME <|constrain|>json<|message|> JSON by the function's parameters
 
 The header of a call may also name the recipient before the channel, and the channel may be analysis. A turn that must call
-has no answer, one whose answer is JSON has no preamble (its text would stand before the JSON), and without parallel calls
-there is one call.
+has no answer, and neither that nor one whose answer is JSON has a preamble (its text would stand before the JSON). Without
+parallel calls there is one call.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class TurnGrammar:
         self._matcher = matcher
         self._workers = workers
         self._consumed = 0
-        self._forbidden: Future[npt.NDArray[np.bool_]] = workers.submit(self._mask, ())
         self.error: str | None = None
+        self._forbidden: Future[npt.NDArray[np.bool_]] = workers.submit(self._mask, ())
 
     def prepare(self, generated: Sequence[int]) -> None:
         """Begin with the mask of the token that follows these."""
@@ -169,9 +169,10 @@ class _Source:
         """Raises ApiError for schemas that are refused at sight."""
         rules = self.rules
         budget = Budget()
+        opening = "analysis" if rules.must_call or rules.answer is not None else "(analysis | commentary)"
         lines = [
             "start: opening* (" + ("calls" if rules.must_call else "answer | calls" if rules.callees else "answer") + ")",
-            f"opening: {_t(CHANNEL)} {'analysis' if rules.answer else '(analysis | commentary)'} {_t(MESSAGE)} TEXT {_NEXT}",
+            f"opening: {_t(CHANNEL)} {opening} {_t(MESSAGE)} TEXT {_NEXT}",
             'analysis: "analysis"',
             'commentary: "commentary"',
             f'content_type: " "? {_t(CONSTRAIN)} ("json" | "code") | " json" | " code"',

@@ -10,7 +10,7 @@ import numpy as np
 from scripted import VOCAB, HashExecutor
 
 from gptoss_compile.config import Bucket
-from gptoss_compile.runtime.api.harmony import CALL, END, RETURN
+from gptoss_compile.runtime.api.harmony import CALL, CHANNEL, END, RETURN
 from gptoss_compile.runtime.api.tokenizer import FIRST_SPECIAL, Tokenizer
 from gptoss_compile.runtime.executor import Floats, Ints
 
@@ -20,7 +20,7 @@ VALUES = ("a", 'q"uote', "snow ☃", 1, -2.5, 0, True, None, [1, "x"], {"k": Non
 
 
 class NoiseExecutor(HashExecutor):
-    """Every row is noise, other noise at every step, in which ends and closing quotes and brackets are likely."""
+    """Every row is noise, other noise at every step, in which headers, ends and closing quotes and brackets are likely."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         super().__init__(max_context=4096)
@@ -28,7 +28,7 @@ class NoiseExecutor(HashExecutor):
         self._noise = self._random.normal(size=2 * VOCAB).astype(np.float32)
         self._lift = np.zeros(VOCAB, np.float32)
         closing = [i for i in range(FIRST_SPECIAL) if tokenizer.token_bytes(i) in (b'"', b'"}', b"}", b"]", b'"]', b"}}")]
-        self._lift[[END, RETURN, CALL, *closing]] = 11
+        self._lift[[CHANNEL, END, RETURN, CALL, *closing]] = 11
 
     def run(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> Floats:
         starts = self._random.integers(0, VOCAB, bucket.rows)
