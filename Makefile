@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint fuzz kernels clean
+.PHONY: demo test lint fuzz clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m gptoss_compile.demo
