@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gptoss_compile.kernels.spec import Source
+from gptoss_compile.paths import cache_dir as cache_root
 from gptoss_compile.target import Target
 
 FORMAT = 1  # of a cache entry
@@ -78,13 +79,6 @@ class Binary:
         return {k: v for k, v in asdict(self).items() if k not in ("code", "assembly")}
 
 
-def default_cache() -> Path:
-    """The user's kernel cache, $GPTOSS_COMPILE_CACHE or under $XDG_CACHE_HOME (~/.cache)."""
-    if own := os.environ.get("GPTOSS_COMPILE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gptoss-compile" / "kernels"
-
-
 def key_of(source: Source, target: Target) -> str:
     """The content key of a kernel on a target, hex sha256."""
     content = {"format": FORMAT, "kernel": source.function.cache_key, "signature": source.signature,
@@ -95,7 +89,7 @@ def key_of(source: Source, target: Target) -> str:
 
 def build(source: Source, target: Target, cache_dir: Path | None = None) -> Binary:
     """The kernel's binary, from the cache or compiled into it. Raises BuildError."""
-    directory, key = cache_dir or default_cache(), key_of(source, target)
+    directory, key = cache_dir or cache_root() / "kernels", key_of(source, target)
     found = _load(directory, key)
     if found is None:
         found = _compile(source, target, key)
@@ -109,7 +103,7 @@ def build_all(sources: Iterable[Source], target: Target, cache_dir: Path | None 
 
     progress(done, total) is called after each kernel. Raises BuildError.
     """
-    directory = cache_dir or default_cache()
+    directory = cache_dir or cache_root() / "kernels"
     wanted = {key_of(source, target): source for source in sources}
     built = {key: binary for key in wanted if (binary := _load(directory, key))}
     missing = {key: source for key, source in wanted.items() if key not in built}
