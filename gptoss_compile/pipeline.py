@@ -138,11 +138,11 @@ def _explain(each: Pass, ctx: Context, result: PassResult, expected: int) -> str
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    from gptoss_compile import demo
     from gptoss_compile.checkpoint import Checkpoint
     from gptoss_compile.cli import parse_buckets
     from gptoss_compile.compiler import default_buckets
     from gptoss_compile.config_parse import parse_config
-    from gptoss_compile.demo import demo_config
     from gptoss_compile.hub import locate
     from gptoss_compile.verify import bisect
 
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.config:
             config = parse_config(options.config, "mxfp4")
         else:
-            config = Checkpoint.open(locate(options.model)).config if options.model else demo_config()
+            config = Checkpoint.open(locate(options.model)).config if options.model else demo.source().config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

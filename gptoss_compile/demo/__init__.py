@@ -1,7 +1,6 @@
 """The demo checkpoint: small, but of GPT-OSS's true architecture, vocabulary and file layout.
 
-Its weights are the trained ones that come with the project (see `packed`, and docs/demo-model.md for how they were made);
-where they are missing, random ones, with which its answers are noise.
+Its weights come with the project (see `packed`, and docs/demo-model.md for how they were trained).
 """
 
 from __future__ import annotations
@@ -14,16 +13,11 @@ import torch
 
 from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.config import ModelConfig
-from gptoss_compile.config_parse import O200K_HARMONY
 from gptoss_compile.demo import packed
 from gptoss_compile.layouts import placements
 from gptoss_compile.logical import TensorInfo
 from gptoss_compile.paths import atomic_directory, cache_dir
 from gptoss_compile.safetensors_io import DTYPES, encode_header
-
-_VERSION = "1"  # of the random weights
-_HIDDEN = 64
-_LAYERS = 4
 
 
 def build_demo(folder: Path | None = None) -> Path:
@@ -36,22 +30,13 @@ def build_demo(folder: Path | None = None) -> Path:
 
 
 def source() -> Checkpoint:
-    """The demo's weights: the trained ones if they are there, else random ones. Raises CheckpointError if the file is
-    damaged."""
-    return packed.bundled() or Checkpoint.random(demo_config(), seed=0)
+    """The demo's weights. Raises CheckpointError if their file is missing or damaged."""
+    return packed.bundled()
 
 
 def version() -> str:
     """Part of the demo folder's name, so that an older demo is not taken for this one."""
-    return packed.CHECKSUM.read_text()[:12] if packed.FILE.exists() else _VERSION
-
-
-def demo_config() -> ModelConfig:
-    """Of the random weights."""
-    return ModelConfig(
-        num_layers=_LAYERS, hidden=_HIDDEN, intermediate=_HIDDEN, num_heads=8, num_kv_heads=1, head_dim=64,
-        num_experts=8, experts_per_token=4, vocab_size=O200K_HARMONY, sliding_window=128,
-        windowed=tuple(i % 2 == 0 for i in range(_LAYERS)))
+    return packed.CHECKSUM.read_text()[:12]
 
 
 def save_huggingface(checkpoint: Checkpoint, folder: Path) -> None:

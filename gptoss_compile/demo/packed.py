@@ -93,10 +93,10 @@ def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
     return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
-def bundled() -> Packed | None:
-    """The model that comes with the project, if it does."""
+def bundled() -> Packed:
+    """The model that comes with the project. Raises CheckpointError if its file is missing or damaged."""
     if not FILE.exists():
-        return None
+        raise CheckpointError(f"the demo's weights are missing, {FILE}; install gptoss-compile again")
     return Packed(FILE, CHECKSUM.read_text().split()[0])
 
 
