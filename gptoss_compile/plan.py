@@ -60,7 +60,7 @@ def make_plan(graph: fx.Graph, ctx: Context, *, rank: int = 0, binary_of: Binary
             if index not in OPS[op_name(node)].updates:
                 last = _last_use(node, index, step_of, returned[0], len(nodes))
                 buffers.append(((node, index), Lifetime(_bytes(value), step_of[node], last)))
-    launches = {node: _launches(node, ctx) if binary_of else () for node in nodes}
+    launches = {node: kernel_launches(node, ctx) if binary_of else () for node in nodes}
     scratch = {(node, i, j): Lifetime(spec.bytes, step_of[node], step_of[node]) for node in nodes
                for i, launch in enumerate(launches[node]) for j, spec in enumerate(launch.scratch)
                if j not in launch.zeroed}
@@ -103,7 +103,8 @@ def make_plan(graph: fx.Graph, ctx: Context, *, rank: int = 0, binary_of: Binary
                       cast(Operand, _place(returned[0], places)))
 
 
-def _launches(node: fx.Node, ctx: Context) -> tuple[Launch, ...]:
+def kernel_launches(node: fx.Node, ctx: Context) -> tuple[Launch, ...]:
+    """What the chosen kernel of a node launches."""
     kernel: KernelSpec = node.meta["kernel"]
     return kernel.instantiate(ctx.target, tensor_operands(node_operands(node)))
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from gptoss_compile.config import SWIGLU_ALPHA, Bucket, ModelConfig
 from gptoss_compile.kernels import registry  # noqa: F401
 from gptoss_compile.model import attend, rms_norm, rope, rope_table, route, swiglu
-from gptoss_compile.passes.base import Context
+from gptoss_compile.passes.base import Context, PassResult
 from gptoss_compile.passes.canonicalize import CANONICALIZE
 from gptoss_compile.passes.fuse_allreduce_rms_norm import FUSE_ALLREDUCE_RMS_NORM
 from gptoss_compile.passes.fuse_norm_linear import FUSE_NORM_LINEAR
@@ -277,10 +278,41 @@ def test_select_kernels_names_what_is_left() -> None:
     assert "rms_norm" in str(result.near_misses[0]) and "no kernel operator" in str(result.near_misses[0])
 
 
+def launched(function: Callable[..., object], examples: list[Tensor], target: str = "sm90") -> tuple[PassResult, fx.Graph]:
+    """The graph of kernels that a function is, with kernels chosen and PDL placed."""
+    graph, ctx = function_graph(function, examples), context(target=target)
+    assert SELECT_KERNELS.run(graph, ctx).matches == SELECT_KERNELS.run(graph, ctx).expected
+    return PLACE_PDL.run(graph, ctx), graph
+
+
+def linear_chain(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> tuple[Tensor]:
+    return (ops.linear_residual(ops.linear_residual(x, w, b, r), w, b, r),)
+
+
 def test_place_pdl() -> None:
-    graph = function_graph(lambda x, w, b, r: (ops.linear_residual(ops.linear_residual(x, w, b, r), w, b, r),),
-                           [x, CTX.example(H, H), vector, x])
-    assert PLACE_PDL.run(graph, context(target="gfx950")).matches == 0
-    assert PLACE_PDL.run(graph, context(target="sm90")).matches == 1
+    examples = [x, CTX.example(H, H), vector, x]
+    assert launched(linear_chain, examples, "gfx950")[0].matches == 0
+    result, graph = launched(linear_chain, examples)
+    assert (result.matches, result.expected) == (1, 1)
     first, second = [n for n in graph.nodes if n.op == "call_function"]
     assert not first.meta.get("pdl") and second.meta["pdl"]
+
+
+def test_what_a_kernel_reads_before_its_wait_must_be_complete() -> None:
+    """moe_gate_up reads x early. That is sound behind the router, which waits before it lets others start, and a compile
+    error where x comes from the kernel right before."""
+    act = (EPS, SWIGLU_ALPHA, CTX.config.swiglu_limit)
+
+    def behind_the_router(x: Tensor, w: Tensor, b: Tensor, g: Tensor, rw: Tensor, rb: Tensor, *up: Tensor) -> tuple[Tensor]:
+        y = ops.linear_residual(x, w, b, x)
+        _, ids = ops.norm_route(y, g, rw, rb, EPS, A)
+        return (ops.moe_gate_up(y, g, ids, up[0], up[1], up[2], *act),)
+
+    def without_it(x: Tensor, w: Tensor, b: Tensor, g: Tensor, ids: Tensor, *up: Tensor) -> tuple[Tensor]:
+        return (ops.moe_gate_up(ops.linear_residual(x, w, b, x), g, ids, up[0], up[1], up[2], *act),)
+
+    shared = [x, CTX.example(H, H), vector, vector]
+    good, _ = launched(behind_the_router, [*shared, CTX.example(E, H), CTX.example(E), *experts(2 * I, H)])
+    assert good.matches == good.expected == 2
+    bad, _ = launched(without_it, [*shared, ints(T, A), *experts(2 * I, H)])
+    assert bad.matches != bad.expected and "it reads x before its wait" in str(bad.near_misses[0])
