@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from gptoss_compile import __version__
 from gptoss_compile.artifact import Artifact, ArtifactWriter, canonical_json
 from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.config import Bucket, ModelConfig
@@ -203,7 +204,7 @@ def tool_versions(target: Target) -> dict[str, str]:
     versions = {name: importlib.metadata.version(name) for name in names}
     if not target.is_gpu:  # native code: of this processor and its compiler
         versions["machine"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {"gptoss-compile": importlib.metadata.version("gptoss-compile"), **versions}
+    return {"gptoss-compile": __version__, **versions}
 
 
 def source_digest() -> str:
