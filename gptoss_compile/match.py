@@ -138,13 +138,6 @@ def getitem(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     return item
 
 
-def like(node: fx.Node) -> Tensor:
-    """A meta tensor like the node's value: an example for a pattern's parameter."""
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    return value
-
-
 def describe(value: Any) -> str:
     """`bf16[4, 64]` for a tensor, its parts for a tuple."""
     if isinstance(value, Tensor):
