@@ -1,8 +1,8 @@
 """Kernels to machine code, for a GPU that need not be there, behind a cache keyed by content.
 
-A binary is a function of the kernel's source (with that of every helper it calls), its constants, signature and
-options, the target, and Triton's version; these and nothing else make its key. So the same key names the same bytes on
-every machine, and a warm build is a file read per kernel that leaves Triton's compiler unimported.
+A binary is a function of the kernel's source (with that of every helper it calls), its constants, signature and options,
+the target, and the compiler's version (Triton's, or NVRTC's for CUDA C++); these and nothing else make its key. So the same
+key names the same bytes on every machine, and a warm build is a file read per kernel that leaves the compilers unimported.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -23,11 +23,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from gptoss_compile.kernels.spec import Source
+from gptoss_compile import nvrtc
+from gptoss_compile.kernels.spec import CudaSource, Source
 from gptoss_compile.paths import cache_dir as cache_root
 from gptoss_compile.target import Target
 
-FORMAT = 1  # of a cache entry
+AnySource = Source | CudaSource
+FORMAT = 2  # of a cache entry
 ALIGNMENT = 16  # bytes; every pointer a kernel gets is at least so aligned
 
 
@@ -40,9 +42,9 @@ class Binary:
     """One kernel's machine code and what its launch must know.
 
     code: a cubin or an hsaco; assembly: AMD's listing (empty for NVIDIA, whose listing cuobjdump makes from the code).
-    threads: of a block. shared: dynamic shared memory in bytes. registers: of a thread (gfx: vector registers); spilled:
-    a thread's bytes in local memory, which ought to be none. The launch's parameters are the pointers of the
-    source's signature and then the two scratch pointers (null where the scratch size is 0); a scratch buffer has
+    threads: of a block. shared: dynamic shared memory in bytes; carveout: see `CudaSource`. registers: of a thread (gfx:
+    vector registers); spilled: a thread's bytes in local memory, which ought to be none. A launch's parameters are its
+    pointers; Triton's kernels have two scratch pointers more (null where the scratch size is 0), whose buffers have
     `…_size` bytes for each block of the grid.
     """
 
@@ -53,6 +55,7 @@ class Binary:
     num_ctas: int
     threads: int
     shared: int
+    carveout: int
     tensor_memory: int
     global_scratch_size: int
     global_scratch_align: int
@@ -79,15 +82,19 @@ class Binary:
         return {k: v for k, v in asdict(self).items() if k not in ("code", "assembly")}
 
 
-def key_of(source: Source, target: Target) -> str:
+def key_of(source: AnySource, target: Target) -> str:
     """The content key of a kernel on a target, hex sha256."""
-    content = {"format": FORMAT, "kernel": source.function.cache_key, "signature": source.signature,
-               "constexprs": [(k, repr(v)) for k, v in source.constexprs], "warps": source.num_warps,
-               "stages": source.num_stages, "target": target.name, "triton": version("triton")}
+    content: dict[str, Any] = {"format": FORMAT, "target": target.name}
+    if isinstance(source, CudaSource):
+        content |= {**asdict(source), "texts": nvrtc.texts(source, target), "compiler": nvrtc.compiler()}
+    else:
+        content |= {"kernel": source.function.cache_key, "signature": source.signature,
+                    "constexprs": [(k, repr(v)) for k, v in source.constexprs], "warps": source.num_warps,
+                    "stages": source.num_stages, "triton": version("triton")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def build(source: Source, target: Target, cache_dir: Path | None = None) -> Binary:
+def build(source: AnySource, target: Target, cache_dir: Path | None = None) -> Binary:
     """The kernel's binary, from the cache or compiled into it. Raises BuildError."""
     directory, key = cache_dir or cache_root() / "kernels", key_of(source, target)
     found = _load(directory, key)
@@ -97,7 +104,7 @@ def build(source: Source, target: Target, cache_dir: Path | None = None) -> Bina
     return found
 
 
-def build_all(sources: Iterable[Source], target: Target, cache_dir: Path | None = None, *, processes: int = 2,
+def build_all(sources: Iterable[AnySource], target: Target, cache_dir: Path | None = None, *, processes: int = 2,
               progress: Callable[[int, int], None] | None = None) -> dict[str, Binary]:
     """Binaries by key of all sources, each compiled once, the missing ones in parallel.
 
@@ -113,7 +120,7 @@ def build_all(sources: Iterable[Source], target: Target, cache_dir: Path | None 
         jobs = (build(source, target, directory) for source in missing.values())
         return _collect(jobs, built, len(wanted), progress)
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        jobs = (f.result() for f in [pool.submit(_build_by_name, *_portable(s), target.name, directory)
+        jobs = (f.result() for f in [pool.submit(_build_portable, _portable(s), target.name, directory)
                                      for s in missing.values()])
         return _collect(jobs, built, len(wanted), progress)
 
@@ -127,17 +134,43 @@ def _collect(jobs: Iterable[Binary], built: dict[str, Binary], total: int,
     return built
 
 
-def _portable(source: Source) -> tuple[str, str, dict[str, Any]]:
-    """A source as (module, function, the rest), which another process can be given."""
+_Portable = CudaSource | tuple[str, str, dict[str, Any]]
+
+
+def _portable(source: AnySource) -> _Portable:
+    """What another process can be given: a Triton source as (module, function, the rest)."""
+    if isinstance(source, CudaSource):
+        return source
     rest = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "function"}
     return source.function.fn.__module__, source.function.fn.__name__, rest
 
 
-def _build_by_name(module: str, function: str, rest: Mapping[str, Any], target: str, directory: Path) -> Binary:
+def _build_portable(portable: _Portable, target: str, directory: Path) -> Binary:
+    if isinstance(portable, CudaSource):
+        return build(portable, Target.parse(target), directory)
+    module, function, rest = portable
     return build(Source(getattr(import_module(module), function), **rest), Target.parse(target), directory)
 
 
-def _compile(source: Source, target: Target, key: str) -> Binary:
+def _compile(source: AnySource, target: Target, key: str) -> Binary:
+    return _compile_cuda(source, target, key) if isinstance(source, CudaSource) else _compile_triton(source, target, key)
+
+
+def _compile_cuda(source: CudaSource, target: Target, key: str) -> Binary:
+    try:
+        code = nvrtc.compile_cuda(source, target)
+    except nvrtc.NvrtcError as error:
+        raise BuildError(f"kernel {source.symbol} ({source.file}) does not compile for {target.name} with "
+                         f"{dict(source.defines)}: {error}") from error
+    registers, spilled = resources_nvidia(code)
+    return Binary(
+        key=key, symbol=source.symbol, target=target.name, num_warps=source.threads // target.warp, num_ctas=1,
+        threads=source.threads, shared=source.shared, carveout=source.carveout, tensor_memory=0, global_scratch_size=0,
+        global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1, launch_pdl=True, registers=registers,
+        spilled=spilled, compiler=nvrtc.compiler(), code=code, assembly=b"")
+
+
+def _compile_triton(source: Source, target: Target, key: str) -> Binary:
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # else the binary holds this machine's paths
     import triton
     from triton.backends.compiler import GPUTarget
@@ -173,7 +206,7 @@ def _compile(source: Source, target: Target, key: str) -> Binary:
     registers, spilled = resources_nvidia(code) if cuda else resources_amd(assembly)
     return Binary(
         key=key, symbol=m.name, target=target.name, num_warps=m.num_warps, num_ctas=m.num_ctas,
-        threads=m.num_warps * target.warp, shared=m.shared, tensor_memory=getattr(m, "tmem_size", None) or 0,
+        threads=m.num_warps * target.warp, shared=m.shared, carveout=-1, tensor_memory=getattr(m, "tmem_size", None) or 0,
         global_scratch_size=getattr(m, "global_scratch_size", 0),  # AMD has none
         global_scratch_align=getattr(m, "global_scratch_align", 1),
         profile_scratch_size=m.profile_scratch_size, profile_scratch_align=m.profile_scratch_align,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gptoss_compile.kernels.spec import DType, Launch, Operand, Pdl, Source, TensorSpec
+from gptoss_compile.kernels.spec import CudaSource, DType, Launch, Operand, Pdl, Source, TensorSpec
 from gptoss_compile.target import Target
 
 
@@ -132,13 +132,14 @@ def on_gpu(target: Target, operands: Mapping[str, Operand]) -> bool:
 
 def launch(function: Any, target: Target, operands: Mapping[str, Operand], constants: Mapping[str, Any], *, grid: int,
            moved: int, flops: int = 0, scratch: Sequence[TensorSpec] = (), zeroed: tuple[int, ...] = (),
-           preloads: tuple[str, ...] = (), late_trigger: bool = False, promises: tuple[str, ...] = (),
-           num_warps: int = 4, num_stages: int = 3) -> Launch:
+           common: Mapping[str, TensorSpec] | None = None, preloads: tuple[str, ...] = (), late_trigger: bool = False,
+           promises: tuple[str, ...] = (), num_warps: int = 4, num_stages: int = 3) -> Launch:
     """A launch of `function` on a one-dimensional grid.
 
     operands: the operator's arguments and its outputs as out0, out1, …; constants: the function's constants but PDL.
     """
-    tensors: dict[str, Operand] = {**operands, **{f"scratch{i}": spec for i, spec in enumerate(scratch)}}
+    shared = dict(common or {})
+    tensors: dict[str, Operand] = {**operands, **shared, **{f"scratch{i}": spec for i, spec in enumerate(scratch)}}
     values = {**constants, "PDL": target.has("pdl")}
     signature, constexprs, args = [], [], []
     for parameter in function.arg_names:
@@ -154,7 +155,20 @@ def launch(function: Any, target: Target, operands: Mapping[str, Operand], const
             constexprs.append((parameter, None))
     source = Source(function, tuple(signature), tuple(constexprs), num_warps, num_stages)
     pdl = Pdl(preloads, "after_wait" if late_trigger else "early")
-    return Launch(source, (grid, 1, 1), tuple(args), tuple(scratch), zeroed, pdl, moved, flops, promises)
+    return Launch(source, (grid, 1, 1), tuple(args), tuple(scratch), zeroed, tuple(shared.items()), pdl, moved, flops,
+                  promises)
+
+
+def cuda_launch(file: str, symbol: str, defines: Mapping[str, int | float | str], args: Sequence[str], *,
+                grid: int | tuple[int, int, int], threads: int, moved: int, flops: int = 0, shared: int = 0,
+                carveout: int = -1, scratch: Sequence[TensorSpec] = (), zeroed: tuple[int, ...] = (),
+                common: Mapping[str, TensorSpec] | None = None, preloads: tuple[str, ...] = (),
+                late_trigger: bool = False, promises: tuple[str, ...] = ()) -> Launch:
+    """A launch of a kernel in CUDA C++. args: what each parameter gets, see `Launch.args`."""
+    source = CudaSource(file, symbol, tuple(defines.items()), threads, shared, carveout)
+    pdl = Pdl(preloads, "after_wait" if late_trigger else "early")
+    return Launch(source, (grid, 1, 1) if isinstance(grid, int) else grid, tuple(args), tuple(scratch), zeroed,
+                  tuple((common or {}).items()), pdl, moved, flops, promises)
 
 
 def mma(target: Target, *, narrow: bool = False) -> tuple[str, ...]:

@@ -63,21 +63,40 @@ class Source:
 
 
 @dataclass(frozen=True)
+class CudaSource:
+    """One compilable kernel in CUDA C++.
+
+    file: in kernels/<target>/, beside the headers it includes; symbol: its `extern "C"` entry; defines: the compile-time
+    values, shapes too, as macros. Pointers are the only launch arguments. shared: dynamic shared memory in bytes; carveout:
+    the share of an SM's first-level memory, in percent, that the kernel prefers as shared memory (-1: the driver's choice).
+    """
+
+    file: str
+    symbol: str
+    defines: tuple[tuple[str, int | float | str], ...]
+    threads: int
+    shared: int = 0
+    carveout: int = -1
+
+
+@dataclass(frozen=True)
 class Launch:
     """One launch of a source.
 
     args:      for each pointer parameter in order the operand it gets: an argument name of the op's schema, `out0`,
-               `out1`, ..., or `scratch0`, ...
+               `out1`, ..., `scratch0`, ..., or a name in `common`.
     scratch:   buffers only this launch uses. Those in `zeroed` must hold zeros at the first launch and are left zeroed.
+    common:    (name, buffer) for what several launches of one operator's call share: equal names are one buffer.
     moved / flops: bytes that must move through device memory and operations, for the time floor.
     promises:  machine instructions the lint must find in the SASS, e.g. `HGMMA`.
     """
 
-    source: Source
+    source: Source | CudaSource
     grid: tuple[int, int, int]
     args: tuple[str, ...]
     scratch: tuple[TensorSpec, ...] = ()
     zeroed: tuple[int, ...] = ()
+    common: tuple[tuple[str, TensorSpec], ...] = ()
     pdl: Pdl = field(default_factory=Pdl)
     moved: int = 0
     flops: int = 0
@@ -89,10 +108,12 @@ class KernelSpec:
     """A kernel of operator `op`.
 
     supports(target, operands) says whether this kernel can run it; instantiate(target, operands) gives the launches in
-    order (one, as a rule). Operands are keyed by the schema's argument names.
+    order (one, as a rule). Operands are keyed by the schema's argument names. layouts: for the operands that are weights
+    and must not lie in memory row by row, how they do (a name in `kernels.layouts`).
     """
 
     name: str
     op: str
     supports: Callable[[Target, Mapping[str, Operand]], bool]
     instantiate: Callable[[Target, Mapping[str, Operand]], tuple[Launch, ...]]
+    layouts: Mapping[str, str] = field(default_factory=dict)

@@ -179,6 +179,10 @@ class Device:
             most = self.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self.check(self.api.cuFuncSetAttribute(function, most, meta["shared"]),
                        f"giving kernel {name} {meta['shared']} bytes of shared memory")
+        if meta["carveout"] >= 0:
+            carveout = self.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            self.check(self.api.cuFuncSetAttribute(function, carveout, meta["carveout"]),
+                       f"setting the shared memory carve-out of kernel {name}")
         return Kernel(name, function, meta["threads"], meta["shared"])
 
     def close(self) -> None:

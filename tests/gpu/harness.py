@@ -1,0 +1,160 @@
+"""Runs one operator's kernel on the GPU, as an executor would: built, its weights laid out, launched in order."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptoss_compile.build import build_all, key_of
+from gptoss_compile.dialect import OPS
+from gptoss_compile.kernels.layouts import REFERENCES
+from gptoss_compile.kernels.registry import SPECS
+from gptoss_compile.kernels.spec import KernelSpec, Launch, TensorSpec
+from gptoss_compile.runtime.cuda_driver import CudaError, Device
+from gptoss_compile.target import Target
+from gptoss_compile.trace import DTYPE_NAMES, DTYPES
+
+TARGET = Target.parse("sm90")
+Argument = Tensor | int | float | None
+_devices: list[Device] = []
+
+
+def device() -> Device:
+    """The GPU, in the context that PyTorch uses too. Skips the test where there is none."""
+    if not _devices:
+        try:
+            _devices.append(Device.open("sm90"))
+        except CudaError as error:
+            pytest.skip(f"no sm90 GPU: {error}")
+    return _devices[0]
+
+
+def chosen(op: str, operands: Mapping[str, Any]) -> KernelSpec:
+    return next(s for s in SPECS if s.op == op and s.supports(TARGET, operands))
+
+
+def spec_of(value: Argument) -> Any:
+    return TensorSpec(tuple(value.shape), DTYPE_NAMES[value.dtype]) if isinstance(value, Tensor) else value  # type: ignore[arg-type]
+
+
+def run_kernel(op: str, arguments: Mapping[str, Argument], want: str | None = None, *, runs: int = 2) -> tuple[Tensor, ...]:
+    """What the kernel that sm90 chooses for `op` returns, run `runs` times over: counters must be left as they were found.
+
+    Outputs and scratch are poisoned before each run, but for those that update an argument. `want`: the kernel's name.
+    """
+    prepared = Prepared(op, arguments, want)
+    for _ in range(runs):
+        prepared.poison()
+        prepared.launch()
+    return prepared.outputs
+
+
+class Prepared:
+    """One operator's launches with all their buffers in place."""
+
+    def __init__(self, op: str, arguments: Mapping[str, Argument], want: str | None = None) -> None:
+        self.device = device()
+        torch.cuda.synchronize()
+        info, operands = OPS[op], {name: spec_of(value) for name, value in arguments.items()}
+        spec = chosen(op, operands)
+        assert want is None or spec.name == want, f"{op} runs {spec.name}, not {want}"
+        launches = spec.instantiate(TARGET, operands)
+        binaries = build_all([launch.source for launch in launches], TARGET, processes=8)
+        self.buffers: dict[str, Tensor] = {k: v.cuda().contiguous() for k, v in arguments.items() if isinstance(v, Tensor)}
+        for name, layout in spec.layouts.items():
+            sources = [self.buffers[name]]
+            if layout.startswith("mxfp4"):
+                sources.append(self.buffers[scales_of(name)])
+            self.buffers[name] = REFERENCES[layout](*sources).contiguous()
+        meta = [v.to("meta") if isinstance(v, Tensor) else v for v in arguments.values()]
+        shapes = getattr(torch.ops.gptoss, op)(*meta)
+        shapes = shapes if isinstance(shapes, tuple | list) else (shapes,)
+        self.outputs = tuple(self.buffers[info.updates[i]] if i in info.updates else
+                             torch.empty(tuple(s.shape), dtype=s.dtype, device="cuda") for i, s in enumerate(shapes))
+        self.poisoned = [o for i, o in enumerate(self.outputs) if i not in info.updates]
+        named = {**self.buffers, **{f"out{i}": o for i, o in enumerate(self.outputs)}}
+        for launch in launches:
+            for name, buffer in launch.common:
+                if name not in named:
+                    named[name] = _empty(buffer)
+                    self.poisoned.append(named[name])
+        self.calls = [self._call(launch, binaries[key_of(launch.source, TARGET)], dict(named)) for launch in launches]
+
+    def _call(self, launch: Launch, binary: Any, named: dict[str, Tensor]) -> tuple[Any, Any, int, Any]:
+        for i, buffer in enumerate(launch.scratch):
+            named[f"scratch{i}"] = _empty(buffer)
+            if i in launch.zeroed:
+                named[f"scratch{i}"].zero_()
+            else:
+                self.poisoned.append(named[f"scratch{i}"])
+        kernel = self.device.load_kernel(binary.stem, binary.code, binary.metadata())
+        return (*_parameters(self.device, kernel, launch.grid, [named[a].data_ptr() for a in launch.args]),
+                [named[a] for a in launch.args])
+
+    def poison(self) -> None:
+        """0xFF everywhere: NaN, or a negative number."""
+        for buffer in self.poisoned:
+            buffer.view(torch.uint8).fill_(0xFF)
+        torch.cuda.synchronize()
+
+    def launch(self, *, wait: bool = True) -> None:
+        api = self.device.api
+        for config, function, parameters, _ in self.calls:
+            self.device.check(api.cuLaunchKernelEx(config, function, parameters[0], 0), "launching")
+        if wait:
+            self.device.synchronize("running")
+
+
+def scales_of(name: str) -> str:
+    """The operand with the block scales of the blocks in operand `name`."""
+    return "scales" if name == "weight" else f"{name}_scales"
+
+
+def _parameters(device: Device, kernel: Any, grid: tuple[int, int, int], pointers: Sequence[int]) -> tuple[Any, Any, Any]:
+    values = (ctypes.c_uint64 * (len(pointers) + 2))(*pointers, 0, 0)
+    start = ctypes.addressof(values)
+    table = (ctypes.c_uint64 * len(values))(*(start + 8 * i for i in range(len(values))))
+    config = device.api.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+    config.sharedMemBytes, config.hStream = kernel.shared, device.stream
+    attribute, value = device.api.CUlaunchAttribute(), device.api.CUlaunchAttributeValue()
+    attribute.id = device.api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value.programmaticStreamSerializationAllowed = 1
+    attribute.value = value
+    config.attrs, config.numAttrs = [attribute], 1
+    return config, kernel.function, (ctypes.addressof(table), values, table)
+
+
+def _empty(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=DTYPES[spec.dtype], device="cuda")
+
+
+def milliseconds(prepared: Sequence[Prepared], *, rounds: int = 5) -> float:
+    """Median time of one pass over all, captured as one graph with programmatic edges. Many, so that the L2 is cold."""
+    device_, api = prepared[0].device, prepared[0].device.api
+    mode = api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    device_.check(api.cuStreamBeginCapture(device_.stream, mode), "capturing")
+    for each in prepared:
+        each.launch(wait=False)
+    graph = device_.check(api.cuStreamEndCapture(device_.stream), "capturing")
+    executable = device_.check(api.cuGraphInstantiate(graph, 0), "instantiating")
+    start, end, times = device_.new_event(), device_.new_event(), []
+    for _ in range(rounds + 2):
+        device_.record(start)
+        device_.check(api.cuGraphLaunch(executable, device_.stream), "replaying")
+        device_.record(end)
+        device_.synchronize("replaying")
+        times.append(device_.milliseconds(start, end))
+    return sorted(times[2:])[rounds // 2]
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """|got - expected| / |expected| in the 2-norm; infinite where something is not finite."""
+    difference = (got.double() - expected.double().to(got.device)).norm() / expected.double().norm().to(got.device)
+    return float(difference) if torch.isfinite(difference) else float("inf")
