@@ -7,14 +7,14 @@ typedef unsigned long long u64;
 
 #define DEVICE __device__ __forceinline__
 
-// ---- programmatic dependent launch -----------------------------------------------------------------------------------------
+// ---- programmatic dependent launch --------------------------------------------------------------
 
 // Everything that the previous kernel wrote is visible behind this.
 DEVICE void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // Lets the next kernel start; it still waits for this one's end before it reads what this one writes.
 DEVICE void trigger_next() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// ---- global memory ---------------------------------------------------------------------------------------------------------
+// ---- global memory ------------------------------------------------------------------------------
 
 // Weights, read once. Volatile and no .nc: ptxas moves non-coherent loads behind griddepcontrol.wait.
 DEVICE uint4 load_weight(const void* p) {
@@ -46,7 +46,7 @@ DEVICE float load_bf16(const u16* p) {
     return __uint_as_float((u32)r << 16);
 }
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------------
+// ---- shared memory ------------------------------------------------------------------------------
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE void copy_16_async(u32 shared, const void* global) {
@@ -60,10 +60,11 @@ DEVICE uint4 load_shared_16(u32 address) {
     return r;
 }
 DEVICE void store_shared_16(u32 address, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-// Four 8x8 matrices of 16-bit elements: lane 8m + r gives the address of row r of matrix m and gets, of each matrix, elements
-// 2t and 2t + 1 of row g (g = lane / 4, t = lane % 4).
+// Four 8x8 matrices of 16-bit elements: lane 8m + r gives the address of row r of matrix m; lane (g, t) = (lane / 4, lane % 4)
+// gets elements 2t and 2t + 1 of row g of each.
 DEVICE uint4 load_matrices(u32 address) {
     uint4 r;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -71,7 +72,7 @@ DEVICE uint4 load_matrices(u32 address) {
     return r;
 }
 
-// ---- arithmetic ------------------------------------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 DEVICE float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
 DEVICE float high_bf16(u32 pair) { return __uint_as_float(pair & 0xFFFF0000u); }
@@ -95,8 +96,8 @@ DEVICE float warp_sum(float v) {
     for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
     return v;
 }
-// c[16 x 8] += a[16 x 16] b[16 x 8]. Lane (g, t) holds: a0 row g columns 2t, 2t + 1; a1 row g + 8; a2, a3 the same of columns
-// + 8; b0 rows 2t, 2t + 1 of column g, b1 rows + 8; c0, c1 row g columns 2t, 2t + 1; c2, c3 row g + 8.
+// c[16 x 8] += a[16 x 16] b[16 x 8]. Lane (g, t) holds: a0 row g, columns 2t, 2t + 1; a1 row g + 8; a2, a3 the same rows, the
+// columns + 8; b0 column g, rows 2t, 2t + 1; b1 rows + 8; c0, c1 row g, columns 2t, 2t + 1; c2, c3 row g + 8.
 DEVICE void mma_bf16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
