@@ -77,6 +77,15 @@ def asgi_client(app: object) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "kestrel.md").write_text("# Kestrels\n\nA kestrel hovers.\n\nSee [owls](deep/owl.md).\n" + "line\n" * 900)
+    (tmp_path / "deep" / "owl.md").write_text("# Owls\n\nAn owl hunts at night, silently.\n")
+    (tmp_path / "skipped.bin").write_bytes(b"owl")
+    return tmp_path
+
+
 class Running:
     """A server in a thread; `ended` holds what ended it."""
 

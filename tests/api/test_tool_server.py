@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from conftest import asgi_client
-from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
 from scripted import Script, ScriptedEngine
+from server_tools import MCP, NO_SANDBOX, PY, SANDBOX, THOUGHT, URL, WEB, Station, ask, call, final, needs_sandbox, prompt
 from test_http import error_of
-from test_responses import TOOL, check_events, events, no_nulls
+from test_responses import TOOL
 
-from gptoss_compile.runtime import server
 from gptoss_compile.runtime.api.app import build_app
 from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.responses_tools import MAX_REFUSALS, REFUSAL
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
 from gptoss_compile.runtime.api.tool_server import mcp_tools
 from gptoss_compile.runtime.api.tool_server.base import ToolError
-from gptoss_compile.runtime.api.tool_server.sandbox import Limits, Sandbox
 from gptoss_compile.runtime.api.tool_server.search import Corpus
 from gptoss_compile.runtime.api.tool_server.server import PYTHON, Toolbox, ToolServer
-
-URL = "/v1/responses"
-WEB, PY = {"type": "web_search_preview"}, {"type": "code_interpreter", "container": {"type": "auto"}}
-MCP = {"type": "mcp", "server_label": "station", "server_url": "http://nobody.invalid", "require_approval": "never"}
-THOUGHT = "<|channel|>analysis<|message|>Look.<|end|><|start|>assistant"
-EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-SANDBOX = Sandbox(Limits(memory=512 << 20, files=4 << 20, cpu_seconds=5, wall_seconds=5.0))
-needs_sandbox = pytest.mark.skipif(bool(why := SANDBOX.unavailable()), reason=f"no sandbox here: {why}")
 
 pytestmark = pytest.mark.anyio
 
@@ -45,49 +28,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-def call(recipient: str, text: str, channel: str = "analysis", kind: str = "code") -> str:
-    return f"{THOUGHT}<|channel|>{channel} to={recipient} {kind}<|message|>{text}<|call|>"
-
-
-def final(text: str) -> str:
-    return f"<|channel|>final<|message|>{text}<|return|>"
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "kestrel.md").write_text("# Kestrels\n\nA kestrel hovers.\n\nSee [owls](deep/owl.md).\n" + "line\n" * 900)
-    (tmp_path / "deep" / "owl.md").write_text("# Owls\n\nAn owl hunts at night, silently.\n")
-    (tmp_path / "skipped.bin").write_bytes(b"owl")
-    return tmp_path
-
-
-class Station:
-    """An MCP server's tools, in process."""
-
-    def __init__(self) -> None:
-        self.sessions = 0
-        tools = (mcp_tools.McpTool("forecast", "Forecast of a city.", {"type": "object", "properties": {"city": {}}}),)
-        self.server = mcp_tools.McpServer("station.invalid:1", "station", tools)
-
-    async def __aenter__(self) -> Station:
-        self.sessions += 1
-        return self
-
-    async def __aexit__(self, *failure: Any) -> None:
-        self.sessions -= 1
-
-    async def call_tool(self, name: str, arguments: dict[str, Any], read_timeout_seconds: float) -> Any:
-        if arguments.get("city") == "Atlantis":
-            raise ConnectionError("the line went dead")
-
-        class Result:
-            content = (type("Text", (), {"type": "text", "text": f"{arguments['city']}: sunny"}),)
-            is_error = False
-
-        return Result
 
 
 @pytest.fixture
@@ -103,27 +43,6 @@ def client(
 ) -> httpx.AsyncClient:
     tools = ToolServer(Corpus(corpus), SANDBOX, {"station": station.server})
     return asgi_client(build_app(engine, tokenizer, options, tools))
-
-
-async def ask(client: httpx.AsyncClient, stream: bool, **fields: Any) -> dict[str, Any]:
-    """The final response, checked against the official types, and its events too if streamed."""
-    answer = await client.post(URL, json={"input": "hi", "stream": stream, **fields})
-    assert answer.status_code == 200, answer.text
-    if stream:
-        found = events(answer)
-        check_events(found)
-        for each in found:
-            EVENTS.validate_python(each)
-        body: dict[str, Any] = found[-1]["response"]
-    else:
-        body = answer.json()
-    Response.model_validate(body)
-    assert no_nulls(body["output"])
-    return body | {"kinds": [each["type"] for each in found] if stream else []}
-
-
-def prompt(engine: ScriptedEngine, tokenizer: Tokenizer) -> str:
-    return str(tokenizer.encoding.decode(engine.prompts[-1]))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -398,8 +317,8 @@ async def test_forced(
     client: httpx.AsyncClient, script: Script, engine: ScriptedEngine, choice: Any, item: str
 ) -> None:
     """The first turn must call; what the script wants to say instead is masked. Later turns are free."""
-    if item == "code_interpreter_call" and why:
-        pytest.skip(f"no sandbox here: {why}")
+    if item == "code_interpreter_call" and NO_SANDBOX:
+        pytest.skip(f"no sandbox here: {NO_SANDBOX}")
     rest = {
         "web_search_call": ' to=browser.search <|constrain|>json<|message|>{"query": "owl"}<|call|>',
         "code_interpreter_call": " to=python code<|message|>print(1)<|call|>",
@@ -420,186 +339,3 @@ async def test_forced(
 async def test_forced_refused(client: httpx.AsyncClient, extra: dict[str, str]) -> None:
     answer = await client.post(URL, json={"input": "x", "tools": [MCP], "tool_choice": {"type": "mcp", **extra}})
     assert answer.status_code == 400 and error_of(answer)["param"] == "tool_choice"
-
-
-@needs_sandbox
-async def test_cancel_ends_the_sandbox(client: httpx.AsyncClient, script: Script) -> None:
-    script.add(call("python", "import time\ntime.sleep(60)"))
-    body = (await client.post(URL, json={"input": "hi", "tools": [PY], "background": True})).json()
-    found = None
-    for _ in range(400):
-        await asyncio.sleep(0.01)
-        found = (await client.get(f"{URL}/{body['id']}")).json()
-        if children(os.getpid()):
-            break
-    start = time.monotonic()
-    assert found and (await client.post(f"{URL}/{body['id']}/cancel")).json()["status"] == "cancelled"
-    assert time.monotonic() - start < 2 and not children(os.getpid())
-
-
-def children(pid: int) -> list[str]:
-    """Jails that this process has started and that still run."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command, parent = (folder / "cmdline").read_text(), (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
-        except OSError:
-            continue
-        if "jail.py" in command and int(parent) == pid:
-            found.append(command)
-    return found
-
-
-# The sandbox ----------------------------------------------------------------------------------------------------------
-
-
-@needs_sandbox
-@pytest.mark.parametrize(
-    ("code", "shown"),
-    [
-        ("import socket; socket.create_connection(('1.1.1.1', 53), 2)", "Network is unreachable"),
-        ("import socket; print(len(socket.if_nameindex()))", "1"),  # loopback, which is down
-        ("import os; os.fork()", "PermissionError"),
-        ("import subprocess; subprocess.run(['/bin/sh', '-c', 'true'])", "PermissionError"),
-        ("import ctypes; print(ctypes.CDLL(None).vfork())", "-1"),
-        ("import threading as t; x = t.Thread(target=print, args=('ran',)); x.start(); x.join()", "ran"),
-        ("open('/etc/passwd')", "FileNotFoundError"),
-        ("import os; print(sorted({'home', 'proc', 'etc', 'sys', 'work'} & set(os.listdir('/'))))", "[]"),
-        ("open('/usr/lib/planted', 'w')", "Read-only file system"),
-        ("import ctypes; print(ctypes.CDLL(None).mount(b'tmpfs', b'/usr', b'tmpfs', 0, None))", "-1"),
-        ("import ctypes; print(ctypes.CDLL(None).umount2(b'/usr', 2))", "-1"),
-        ("import os; print(os.getpid(), 'EXA_API_KEY' in os.environ, len(os.environ))", "1 False 5"),
-        ("x = bytearray(1 << 30)", "MemoryError"),
-        ("open('/tmp/big', 'wb').write(bytes(5 << 20))", "File too large"),
-        ("for i in range(9): open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))", "No space left on device"),
-        ("open('/mnt/data/x', 'w').write('kept'); print(open('/mnt/data/x').read())", "kept"),
-        ("print('y' * 10**6)", "[output cut at 16000 characters]"),
-        ("import sys; print(sys.stdin.read())", ""),
-        ("def f(: pass", "SyntaxError"),
-        ("print('\\ud800'.encode('utf-8', 'surrogatepass'))", "b'\\xed\\xa0\\x80'"),
-    ],
-)
-async def test_sandbox(code: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EXA_API_KEY", "secret")
-    assert (await SANDBOX.run(code)).splitlines()[-1:] == [shown] or shown in await SANDBOX.run(code)
-
-
-@needs_sandbox
-async def test_sandbox_keeps_nothing() -> None:
-    await SANDBOX.run("open('/tmp/left', 'w').write('x')")
-    assert "FileNotFoundError" in await SANDBOX.run("open('/tmp/left')") and not Path("/tmp/left").exists()
-
-
-@needs_sandbox
-@pytest.mark.parametrize("code", ["import time; print('hi', flush=True); time.sleep(60)", "while True: pass"])
-async def test_sandbox_time(code: str) -> None:
-    short = Sandbox(Limits(cpu_seconds=60, wall_seconds=1.5))
-    start = time.monotonic()
-    with pytest.raises(ToolError, match=r"Timed out after 1\.5 s"):
-        await short.run(code)
-    assert time.monotonic() - start < 5 and not children(os.getpid())
-
-
-async def test_sandbox_unavailable(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, corpus: Path) -> None:
-    monkeypatch.setattr(Sandbox, "unavailable", lambda self: "unshare is not allowed here")
-    tools = await asyncio.to_thread(ToolServer.load, "demo", str(corpus))
-    assert tools.python is None and tools.browser and "the python tool is off: unshare is not allowed" in caplog.text
-
-
-# What --tool-server names ---------------------------------------------------------------------------------------------
-
-
-def test_load(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    monkeypatch.delenv("EXA_API_KEY", raising=False)
-    assert ToolServer.load(None) == ToolServer()
-    assert ToolServer.load("demo").browser is None and "set EXA_API_KEY" in caplog.text
-    for names, corpus, message in (
-        ("demo", str(tmp_path), "holds no text files"),
-        (None, str(tmp_path), "--search-corpus is for --tool-server demo"),
-        ("127.0.0.1:1", None, "no MCP server answers at 127.0.0.1:1|need the package mcp"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ToolServer.load(names, corpus)
-
-
-async def test_exa(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptoss_compile.runtime.api.tool_server.search import Exa
-
-    seen = []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        seen.append((request.url.path, request.headers["x-api-key"], json.loads(request.content)))
-        if "down" in request.content.decode():
-            return httpx.Response(503, text="secret details")
-        return httpx.Response(200, json={"results": [{"url": "http://a.b/c", "title": None, "text": "T"}]})
-
-    exa = Exa("key", httpx.MockTransport(answer))
-    (found,) = await exa.search("owls", 3)
-    assert (found.url, found.title, found.text) == ("http://a.b/c", "http://a.b/c", "T")
-    assert (await exa.fetch("http://a.b/c")).text == "T"
-    assert seen[0][:2] == ("/search", "key") and seen[0][2]["numResults"] == 3 and seen[1][0] == "/contents"
-    with pytest.raises(ToolError, match="answered 503"):
-        await exa.search("down", 1)
-
-
-SERVER = '''
-import sys
-from mcp.server import MCPServer
-server = MCPServer("weather station")
-@server.tool()
-def forecast(city: str) -> str:
-    """Forecast of a city."""
-    if city == "Atlantis":
-        raise ValueError("sunk")
-    return f"{city}: sunny"
-if __name__ == "__main__":
-    server.run()
-'''
-
-
-@pytest.fixture
-def http_server(request: pytest.FixtureRequest) -> Iterator[str]:
-    pytest.importorskip("mcp", reason="the package mcp is not installed")
-    import uvicorn
-
-    names: dict[str, Any] = {"__name__": "station"}
-    exec(SERVER, names)
-    listener = server._listen("127.0.0.1", 0)
-    sse = request.node.callspec.params["transport"] == "sse"
-    app = names["server"].sse_app() if sse else names["server"].streamable_http_app()
-    web = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    yield "{}:{}".format(*listener.getsockname()[:2]) + "/sse" * sse
-    web.should_exit = True
-    thread.join(10)
-
-
-@pytest.mark.parametrize("transport", ["http", "sse", "stdio"])
-async def test_real_mcp(
-    transport: str,
-    request: pytest.FixtureRequest,
-    engine: ScriptedEngine,
-    tokenizer: Tokenizer,
-    options: ServerOptions,
-    script: Script,
-    tmp_path: Path,
-) -> None:
-    import shlex
-    import sys
-
-    pytest.importorskip("mcp", reason="the package mcp is not installed")
-    address = request.getfixturevalue("http_server") if transport != "stdio" else ""
-    if transport == "stdio":
-        (tmp_path / "station.py").write_text(SERVER)
-        address = f"stdio:{shlex.join([sys.executable, str(tmp_path / 'station.py')])}"
-    tools = await asyncio.to_thread(ToolServer.load, address)
-    client = asgi_client(build_app(engine, tokenizer, options, tools))
-    script.add(
-        call("weather_station.forecast", '{"city": "Bonn"}'),
-        call("weather_station.forecast", '{"city": "Atlantis"}'),
-        final("sunny"),
-    )
-    body = await ask(client, True, tools=[{"type": "mcp", "server_label": "weather_station"}])
-    calls = [item for item in body["output"] if item["type"] == "mcp_call"]
-    assert [item["status"] for item in calls] == ["completed", "failed"] and calls[0]["output"] == "Bonn: sunny"
