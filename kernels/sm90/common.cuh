@@ -102,3 +102,55 @@ DEVICE void mma_bf16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+
+// ---- softmax --------------------------------------------------------------------------------------
+
+constexpr float INFINITE = __builtin_huge_valf(), LOG2E = 1.4426950408889634f;
+
+DEVICE float exp2_fast(float x) {  // 0 for -infinity
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+// The transpose of an 8x8 matrix of 16-bit elements whose row g lies in lanes (g, t): 2t and 2t + 1.
+DEVICE u32 transpose_8x8(u32 row) {
+    u32 r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(row));
+    return r;
+}
+
+// ---- clusters -------------------------------------------------------------------------------------
+
+// All threads of the cluster arrive, then wait. Relaxed: no store is waited for, only the barriers' own initialisation
+// (with `fence_barrier_init`) is visible behind it.
+DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// The address of the same shared variable in block `rank` of the cluster
+DEVICE u32 peer_address(u32 address, int rank) {
+    u32 r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(address), "r"(rank));
+    return r;
+}
+// Stores 8 bytes in a peer's shared memory and counts them on the peer's barrier.
+DEVICE void store_async(u32 peer, u32 peer_barrier, float2 v) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+                 ::"r"(peer), "f"(v.x), "f"(v.y), "r"(peer_barrier) : "memory");
+}
+
+// ---- barriers in shared memory (mbarrier) ---------------------------------------------------------
+
+DEVICE void barrier_init(u32 barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+DEVICE void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives, and makes the phase wait for so many bytes more.
+DEVICE void barrier_expect(u32 barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+DEVICE void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile("{\n.reg .pred done;\nwaiting:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+                 "@!done bra waiting;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
