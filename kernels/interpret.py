@@ -80,7 +80,7 @@ def _prepare() -> None:
 def _run(kernel: str, target_name: str, operands: dict[str, Value]) -> tuple[Tensor, ...]:
     from gptoss_compile.dialect import OPS
     from gptoss_compile.kernels.registry import BESIDE, SPECS
-    from gptoss_compile.kernels.spec import DType, Launch, TensorSpec
+    from gptoss_compile.kernels.spec import DType, Launch, Source, TensorSpec
     from gptoss_compile.target import Target
 
     spec = next(s for s in (*SPECS, *BESIDE) if s.name == kernel)
@@ -113,6 +113,10 @@ def _run(kernel: str, target_name: str, operands: dict[str, Value]) -> tuple[Ten
         buffers[f"out{i}"] = outputs[-1]
     launch: Launch
     for launch in spec.instantiate(target, described):
+        assert isinstance(launch.source, Source), f"{kernel} is no Triton kernel"
+        for name, shared in launch.common:
+            if name not in buffers:
+                buffers[name] = allocate(shared.shape, dtypes[shared.dtype], POISON)
         for j, scratch in enumerate(launch.scratch):
             fill = 0 if j in launch.zeroed else POISON
             buffers[f"scratch{j}"] = allocate(scratch.shape, dtypes[scratch.dtype], fill)

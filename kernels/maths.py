@@ -64,13 +64,3 @@ def experts_down(h_TAI: Tensor, ids_TA: Tensor, weight: Tensor, scales: Tensor |
         chosen = expert_weights(weight[ids], None if scales is None else scales[ids])  # [T, A, H, I]
         y = torch.matmul(chosen, h_TAI.float().unsqueeze(-1)).squeeze(-1)
     return y + bias_EH.float()[ids]
-
-
-def ids_of_order(order_ET: Tensor, top_k: int) -> Tensor:
-    """The router's ids [T, A] that `moe_sort` turned into order [E, T]."""
-    experts, tokens = order_ET.shape
-    pairs = tokens * top_k
-    index = torch.where(order_ET >= 0, order_ET, pairs).long().flatten()
-    expert = torch.arange(experts, dtype=torch.int32, device=order_ET.device).repeat_interleave(tokens)
-    ids = torch.zeros(pairs + 1, dtype=torch.int32, device=order_ET.device).scatter(0, index, expert)
-    return ids[:pairs].reshape(tokens, top_k)

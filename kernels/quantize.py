@@ -1,7 +1,9 @@
-"""norm_quantize, moe_gate_up_grouped_mx: the experts' input in MXFP8, for targets with block-scaled MMA.
+"""moe_grouped_mx: `moe_grouped` whose experts get their input in MXFP8, for targets with block-scaled MMA.
 
 MXFP8 (OCP Microscaling Formats v1.0): e4m3 values, one e8m0 scale for 32 of them. Rows are padded with zeros to a
 multiple of 128 values, the K step of the block-scaled product, which takes weights and activations as they are stored.
+In place of the norm that the experts' kernel would repeat for every tile, one more launch makes `q` [T, Hp] u8, e4m3
+bytes of the normed rows with Hp = H rounded up to 128, and `qscales` [T, Hp/32] u8.
 """
 
 from __future__ import annotations
@@ -15,20 +17,27 @@ from torch import Tensor
 from gptoss_compile.dialect import kernel_op
 from gptoss_compile.kernels.common import (
     cdiv,
-    integer,
     jit,
     launch,
     mxfp4,
     number,
     pow2,
     tensor,
+    total_bytes,
     trigger,
     wait,
 )
-from gptoss_compile.kernels.maths import experts_up, ids_of_order, rms_norm
+from gptoss_compile.kernels.maths import experts_up, rms_norm
 from gptoss_compile.kernels.maths import swiglu as swiglu_twin
-from gptoss_compile.kernels.moe import expert_bytes
-from gptoss_compile.kernels.moe_grouped import activated, find_tile, group_tile
+from gptoss_compile.kernels.moe_grouped import (
+    Sizes,
+    activated,
+    combine_launch,
+    down_launch,
+    find_tile,
+    mixed,
+    sort_launch,
+)
 from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
 from gptoss_compile.target import Target
 
@@ -41,21 +50,13 @@ def padded(hidden: int) -> int:
     return -(-hidden // K_MULTIPLE) * K_MULTIPLE
 
 
-def _quantize_fake(x: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    tokens, width = x.shape[0], padded(x.shape[1])
-    return (x.new_empty((tokens, width), dtype=torch.uint8),
-            x.new_empty((tokens, width // 32), dtype=torch.uint8))
-
-
-@kernel_op("norm_quantize(Tensor x, Tensor norm_weight, float eps) -> (Tensor, Tensor)", fake=_quantize_fake)
-def norm_quantize(x: Tensor, norm_weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """rmsnorm(x) as e4m3 bytes [T, Hp] u8 and e8m0 scales [T, Hp/32] u8; x [T, H], Hp = H rounded up to 128.
+def mxfp8_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 bytes [T, Hp] u8 and e8m0 scales [T, Hp/32] u8 of fp32 x [T, H], Hp = H rounded up to 128.
 
     A block's scale is the smallest power of two with max|x| <= 448 · scale, so nothing saturates.
     """
     hidden = x.shape[1]
-    normed = torch.nn.functional.pad(rms_norm(x, norm_weight, eps), (0, padded(hidden) - hidden))
-    blocks = normed.reshape(x.shape[0], -1, 32)
+    blocks = torch.nn.functional.pad(x, (0, padded(hidden) - hidden)).reshape(x.shape[0], -1, 32)
     least = (blocks.abs().amax(-1) * (1 / E4M3_MAX)).clamp(min=SMALLEST_SCALE)
     exponent = (least.view(torch.int32) + 0x7FFFFF) >> 23  # rounds up to a power of two
     factor = torch.bitwise_left_shift(254 - exponent, 23).view(torch.float32)  # 1 / scale
@@ -70,26 +71,20 @@ def mxfp8_dequantize(values: Tensor, scales: Tensor) -> Tensor:
     return torch.flatten(blocks * factor.unsqueeze(-1), -2)
 
 
-def _gate_up_fake(q: Tensor, qscales: Tensor, order: Tensor, count: Tensor, weight: Tensor, scales: Tensor,
-                  bias: Tensor, alpha: float, limit: float, top_k: int) -> Tensor:
-    return bias.new_empty((q.shape[0], top_k, weight.shape[1] // 2))
-
-
-@kernel_op("moe_gate_up_grouped_mx(Tensor q, Tensor qscales, Tensor order, Tensor count, Tensor weight,"
-           " Tensor scales, Tensor bias, float alpha, float limit, int top_k) -> Tensor", fake=_gate_up_fake)
-def moe_gate_up_grouped_mx(q: Tensor, qscales: Tensor, order: Tensor, count: Tensor, weight: Tensor,
-                           scales: Tensor, bias: Tensor, alpha: float, limit: float, top_k: int) -> Tensor:
-    """`moe_gate_up_grouped` of input quantised by `norm_quantize`: [T, A, I] in the bias's dtype.
-
-    q [T, Hp] u8, qscales [T, Hp/32] u8, weight [E, 2I, H/32, 16] u8, scales [E, 2I, H/32] u8, bias [E, 2I].
-    """
-    x = mxfp8_dequantize(q, qscales)[:, : weight.shape[2] * 32]
-    up = experts_up(x, ids_of_order(order, top_k), weight, scales, bias)
-    return swiglu_twin(up, alpha, limit).to(bias.dtype)
+@kernel_op("moe_grouped_mx(Tensor x, Tensor norm_weight, Tensor ids, Tensor probs, Tensor up, Tensor up_scales,"
+           " Tensor up_bias, Tensor down, Tensor down_scales, Tensor down_bias, float eps, float alpha, float limit)"
+           " -> Tensor", fake=lambda x, *_: torch.empty_like(x))
+def moe_grouped_mx(x: Tensor, norm_weight: Tensor, ids: Tensor, probs: Tensor, up: Tensor, up_scales: Tensor,
+                   up_bias: Tensor, down: Tensor, down_scales: Tensor, down_bias: Tensor, eps: float, alpha: float,
+                   limit: float) -> Tensor:
+    """`moe_grouped` of MXFP4 experts with the normed x rounded to MXFP8: [T, H]."""
+    normed = mxfp8_dequantize(*mxfp8_quantize(rms_norm(x, norm_weight, eps)))[:, : x.shape[1]]
+    h = swiglu_twin(experts_up(normed, ids, up, up_scales, up_bias), alpha, limit).to(x.dtype)
+    return mixed(x, h, ids, probs, down, down_scales, down_bias)
 
 
 @jit
-def norm_quantize_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, out0_ptr: tl.tensor, out1_ptr: tl.tensor,
+def norm_quantize_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, q_ptr: tl.tensor, qscales_ptr: tl.tensor,
                          H: tl.constexpr, HP: tl.constexpr, EPS: tl.constexpr, BLOCK: tl.constexpr,
                          PDL: tl.constexpr) -> tl.tensor:
     """Program t quantises token t. BLOCK >= HP, the padded row."""
@@ -105,8 +100,8 @@ def norm_quantize_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, out0_ptr:
     exponent = (least.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
     x *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
     values = tl.reshape(x, (BLOCK,)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    tl.store(out0_ptr + t * HP + h, values, mask=h < HP)
-    tl.store(out1_ptr + t * (HP // 32) + g, exponent.to(tl.uint8), mask=g < HP // 32)
+    tl.store(q_ptr + t * HP + h, values, mask=h < HP)
+    tl.store(qscales_ptr + t * (HP // 32) + g, exponent.to(tl.uint8), mask=g < HP // 32)
 
 
 @jit
@@ -122,8 +117,8 @@ def mxfp8(values: tl.tensor, scales: tl.tensor) -> tl.tensor:
 
 @jit
 def moe_gate_up_grouped_mx_kernel(q_ptr: tl.tensor, qscales_ptr: tl.tensor, order_ptr: tl.tensor,
-                                  count_ptr: tl.tensor, weight_ptr: tl.tensor, scales_ptr: tl.tensor,
-                                  bias_ptr: tl.tensor, out0_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr,
+                                  count_ptr: tl.tensor, up_ptr: tl.tensor, up_scales_ptr: tl.tensor,
+                                  up_bias_ptr: tl.tensor, h_ptr: tl.tensor, T: tl.constexpr, E: tl.constexpr,
                                   I: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, TOP_K: tl.constexpr,
                                   ALPHA: tl.constexpr, LIMIT: tl.constexpr, EP: tl.constexpr, BN: tl.constexpr,
                                   BT: tl.constexpr, BK: tl.constexpr, SCALED_MMA: tl.constexpr,
@@ -144,17 +139,17 @@ def moe_gate_up_grouped_mx_kernel(q_ptr: tl.tensor, qscales_ptr: tl.tensor, orde
             k = start + tl.arange(0, BK)
             byte = start // 2 + tl.arange(0, BK // 2)
             block = start // 32 + tl.arange(0, BK // 32)
-            w = tl.load(weight_ptr + row * (H // 2) + byte[None, :], mask=inside & (byte < H // 2)[None, :], other=0)
-            ws = tl.load(scales_ptr + row * (H // 32) + block[None, :], mask=inside & (block < H // 32)[None, :], other=0)
+            w = tl.load(up_ptr + row * (H // 2) + byte[None, :], mask=inside & (byte < H // 2)[None, :], other=0)
+            ws = tl.load(up_scales_ptr + row * (H // 32) + block[None, :], mask=inside & (block < H // 32)[None, :], other=0)
             x = tl.load(q_ptr + token[None, :] * HP + k[:, None], mask=exists[None, :], other=0)
             xs = tl.load(qscales_ptr + token[:, None] * (HP // 32) + block[None, :], mask=exists[:, None], other=0)
             if SCALED_MMA:
                 acc = tl.dot_scaled(w, ws, "e2m1", x.to(tl.float8e4nv, bitcast=True), xs, "e4m3", acc)
             else:
                 acc = tl.dot(mxfp4(w, ws), mxfp8(x, xs), acc, input_precision="ieee")
-        h = activated(acc, bias_ptr + expert * 2 * I, n, 2 * I, ALPHA, LIMIT)
+        h = activated(acc, up_bias_ptr + expert * 2 * I, n, 2 * I, ALPHA, LIMIT)
         i = part * (BN // 2) + tl.arange(0, BN // 2)
-        tl.store(out0_ptr + pair[None, :] * I + i[:, None], h.to(out0_ptr.dtype.element_ty),
+        tl.store(h_ptr + pair[None, :] * I + i[:, None], h.to(h_ptr.dtype.element_ty),
                  mask=(i < I)[:, None] & exists[None, :])
 
 
@@ -162,34 +157,36 @@ def has_block_scaling(target: Target, operands: Mapping[str, Operand]) -> bool:
     return target.has("block_scaled_mma")
 
 
-def quantize_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    x = tensor(operands, "x")
-    tokens, hidden = x.shape
-    width = padded(hidden)
-    outputs = {"out0": TensorSpec((tokens, width), "u8"), "out1": TensorSpec((tokens, width // 32), "u8")}
-    constants = {"H": hidden, "HP": width, "EPS": number(operands, "eps"), "BLOCK": pow2(width)}
-    return (launch(norm_quantize_kernel, target, {**operands, **outputs}, constants, grid=tokens,
-                   moved=x.bytes + outputs["out0"].bytes + outputs["out1"].bytes, flops=8 * tokens * hidden,
-                   preloads=("norm_weight",)),)
+def quantised(size: Sizes) -> dict[str, TensorSpec]:
+    width = padded(size.hidden)
+    return {"q": TensorSpec((size.tokens, width), "u8"), "qscales": TensorSpec((size.tokens, width // 32), "u8")}
 
 
-def grouped_mx_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    q, weight, bias = tensor(operands, "q"), tensor(operands, "weight"), tensor(operands, "bias")
-    (tokens, width), top_k = q.shape, integer(operands, "top_k")
-    experts, inner, hidden = weight.shape[0], weight.shape[1] // 2, weight.shape[2] * 32
-    tile, most = group_tile(tokens, top_k, experts)
-    out = TensorSpec((tokens, top_k, inner), bias.dtype)
-    wide, pairs = 128, tokens * top_k
-    constants = {"T": tokens, "E": experts, "I": inner, "H": hidden, "HP": width, "TOP_K": top_k,
-                 "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit"), "EP": pow2(experts),
-                 "BN": wide, "BT": tile, "BK": K_MULTIPLE, "SCALED_MMA": True}
-    promise = "UTCQMMA" if target.has("tcgen05") else "v_mfma_scale"
-    return (launch(moe_gate_up_grouped_mx_kernel, target, {**operands, "out0": out}, constants,
-                   grid=most * cdiv(2 * inner, wide), moved=q.bytes + out.bytes + expert_bytes(operands, pairs),
-                   flops=4 * pairs * inner * hidden, promises=(promise,), num_warps=8 if tile >= 64 else 4),)
+def quantize_launch(target: Target, operands: Mapping[str, Operand]) -> Launch:
+    size, x = Sizes.of(operands), tensor(operands, "x")
+    width, outputs = padded(size.hidden), quantised(size)
+    constants = {"H": size.hidden, "HP": width, "EPS": number(operands, "eps"), "BLOCK": pow2(width)}
+    return launch(norm_quantize_kernel, target, operands, constants, grid=size.tokens, common=outputs,
+                  moved=total_bytes(x, *outputs.values()), flops=8 * size.tokens * size.hidden, preloads=("norm_weight",))
 
 
-SPECS = (
-    KernelSpec("norm_quantize", "norm_quantize", has_block_scaling, quantize_launch),
-    KernelSpec("moe_gate_up_grouped_mx", "moe_gate_up_grouped_mx", has_block_scaling, grouped_mx_launch),
-)
+def gate_up_mx_launch(target: Target, operands: Mapping[str, Operand]) -> Launch:
+    size = Sizes.of(operands)
+    inputs, (constants, _) = quantised(size), size.tiles(2 * size.inner)
+    constants |= {"BN": 128, "BK": K_MULTIPLE, "HP": padded(size.hidden), "TOP_K": size.top_k, "SCALED_MMA": True,
+                  "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit")}
+    grid = size.most_tiles * cdiv(2 * size.inner, 128)
+    return launch(moe_gate_up_grouped_mx_kernel, target, operands, constants, grid=grid,
+                  common={**inputs, **size.groups, "h": size.h},
+                  moved=total_bytes(inputs["q"], size.h) + size.weight_bytes(operands, "up"),
+                  flops=4 * size.pairs * size.inner * size.hidden,
+                  promises=("UTCQMMA" if target.has("tcgen05") else "v_mfma_scale",),
+                  num_warps=8 if constants["BT"] >= 64 else 4)
+
+
+def mx_launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    makers = (sort_launch, quantize_launch, gate_up_mx_launch, down_launch, combine_launch)
+    return tuple(make(target, operands) for make in makers)
+
+
+SPECS = (KernelSpec("moe_grouped_mx", "moe_grouped_mx", has_block_scaling, mx_launches),)

@@ -1,8 +1,8 @@
 """Pad + quantise: on targets with block-scaled MMA the grouped experts get their input as MXFP8.
 
 RMSNorm, padding of the features to the MMA's tile and quantisation to e4m3 with one e8m0 scale per 32 values are one
-kernel (`norm_quantize`), in place of the norm that the experts' kernel would otherwise repeat for every tile. Steps
-whose experts are not grouped are bound by weights, gain nothing and keep bf16.
+launch of `moe_grouped_mx`, in place of the norm that `moe_grouped` would otherwise repeat for every tile. Steps whose
+experts are not grouped are bound by weights, gain nothing and keep bf16.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from gptoss_compile.match import call, erase_dead, getitem
+from gptoss_compile.match import call, erase_dead
 from gptoss_compile.passes.base import Context, Pass, PassResult
 from gptoss_compile.passes.lower_moe import is_grouped
 
@@ -25,15 +25,10 @@ def applies(ctx: Context) -> bool:
 def run(graph: fx.Graph, ctx: Context) -> PassResult:
     if not applies(ctx):
         return PassResult(0)
-    nodes = list(graph.find_nodes(op="call_function", target=ops.moe_gate_up_grouped.default))[: ctx.limit]
+    nodes = list(graph.find_nodes(op="call_function", target=ops.moe_grouped.default))[: ctx.limit]
     for node in nodes:
-        x, norm, order, count, up, scales, bias, eps, alpha, limit, top_k = node.args
         with graph.inserting_before(node):
-            quantised = call(graph, ops.norm_quantize.default, x, norm, eps)
-            values, exponents = getitem(graph, quantised, 0), getitem(graph, quantised, 1)
-            mx = call(graph, ops.moe_gate_up_grouped_mx.default, values, exponents, order, count, up, scales, bias, alpha,
-                      limit, top_k)
-        node.replace_all_uses_with(mx)
+            node.replace_all_uses_with(call(graph, ops.moe_grouped_mx.default, *node.args))
     erase_dead(graph)
     return PassResult(len(nodes))
 

@@ -1,8 +1,8 @@
-"""RMSNorm + gate_up + SwiGLU, and down + weighted sum + residual -> kernels of the mixture of experts, one pair a layer.
+"""RMSNorm + gate_up + SwiGLU + down + weighted sum + residual -> kernels of the mixture of experts.
 
-While tokens are few, each (token, expert) pair runs for itself (`moe_gate_up`, `moe_down`: two launches, weights read
-once a pair). Once pairs outnumber experts, weights would be read several times: tokens are sorted by expert and each
-expert runs once over its own (`moe_sort`, `moe_gate_up_grouped`, `moe_down_grouped`, `moe_combine`).
+While tokens are few, each (token, expert) pair runs for itself (`moe_gate_up`, `moe_down`: weights read once a pair). Once
+pairs outnumber experts, weights would be read several times: `moe_grouped` sorts tokens by expert and runs each expert
+once over its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from gptoss_compile.config import SWIGLU_ALPHA
-from gptoss_compile.match import call, getitem
+from gptoss_compile.match import call
 from gptoss_compile.passes.base import Context, Pass, PassResult, rewrite
 
 ops = torch.ops.gptoss
@@ -38,11 +38,8 @@ def run(graph: fx.Graph, ctx: Context) -> PassResult:
         if not is_grouped(ctx):
             h = call(graph, ops.moe_gate_up.default, x, norm, ids, up, up_scales, up_bias, *act)
             return call(graph, ops.moe_down.default, h, ids, probs, down, down_scales, down_bias, x)
-        by_expert = call(graph, ops.moe_sort.default, ids, c.num_experts)
-        order, count = getitem(graph, by_expert, 0), getitem(graph, by_expert, 1)
-        h = call(graph, ops.moe_gate_up_grouped.default, x, norm, order, count, up, up_scales, up_bias, *act, top_k)
-        y = call(graph, ops.moe_down_grouped.default, h, order, count, down, down_scales, down_bias)
-        return call(graph, ops.moe_combine.default, y, probs, x)
+        return call(graph, ops.moe_grouped.default, x, norm, ids, probs, up, up_scales, up_bias, down, down_scales,
+                    down_bias, *act)
 
     def experts(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
         shape = (c.num_experts, outputs, inputs // 32, 16) if mxfp4 else (c.num_experts, outputs, inputs)

@@ -220,9 +220,7 @@ def test_lower_moe(tokens: int) -> None:
               db: Tensor) -> tuple[Tensor]:
         if tokens == 2:
             return (ops.moe_down(ops.moe_gate_up(x, g, i, uw, us, ub, *act), i, p, dw, ds, db, x),)
-        order, count = ops.moe_sort(i, E)
-        h = ops.moe_gate_up_grouped(x, g, order, count, uw, us, ub, *act, A)
-        return (ops.moe_combine(ops.moe_down_grouped(h, order, count, dw, ds, db), p, x),)
+        return (ops.moe_grouped(x, g, i, p, uw, us, ub, dw, ds, db, *act),)
 
     check_rewrite(LOWER_MOE, ctx, before, after, [
         ctx.example(tokens, H), vector, ints(tokens, A), CTX.example(tokens, A), *experts(2 * I, H), *experts(H, I)],
@@ -257,14 +255,13 @@ def test_fuse_pad_quant() -> None:
     def value(*shape: int, dtype: torch.dtype = half) -> Tensor:
         return random_weight(shape, dtype, generator)
 
-    ids = distinct_ids(T)
-    order, count = ops.moe_sort(ids, E)
-    blocks, scales = value(E, 2 * I, H // 32, 16, dtype=torch.uint8), value(E, 2 * I, H // 32, dtype=torch.uint8)
-    bias = value(E, 2 * I)
+    ids, probs = distinct_ids(T), torch.ones(T, A)
+    weights = [value(*shape, dtype=dtype) for rows, columns in ((2 * I, H), (H, I))
+               for shape, dtype in (((E, rows, columns // 32, 16), torch.uint8), ((E, rows, columns // 32), torch.uint8),
+                                    ((E, rows), half))]
     inputs, g = torch.randn(T, H, generator=generator).to(half), torch.ones(H, dtype=half)
-    exact = ops.moe_gate_up_grouped(inputs, g, order, count, blocks, scales, bias, EPS, *act, A)
-    q, e = ops.norm_quantize(inputs, g, EPS)
-    rounded = ops.moe_gate_up_grouped_mx(q, e, order, count, blocks, scales, bias, *act, A)
+    exact = ops.moe_grouped(inputs, g, ids, probs, *weights, EPS, *act) - inputs
+    rounded = ops.moe_grouped_mx(inputs, g, ids, probs, *weights, EPS, *act) - inputs
     gap = difference([exact.float()], [rounded.float()])
     assert 1e-3 < gap < 8e-2, gap
     assert FUSE_PAD_QUANT.expect(ctx) == 2
