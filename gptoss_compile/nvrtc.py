@@ -40,14 +40,15 @@ def compile_cuda(source: CudaSource, target: Target) -> bytes:
                                                [content.encode() for _, content in headers],
                                                [name.encode() for name, _ in headers])
     _require(nvrtc, status)
-    options = [f"--gpu-architecture=sm_{target.arch}a", "--std=c++17", "--default-device",
+    options = [f"--gpu-architecture=sm_{target.arch}a", "--std=c++17", "--device-as-default-execution-space",
                *(f"-D{name}={_literal(value)}" for name, value in source.defines)]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
         log = _fetch(nvrtc, program, "ProgramLog").rstrip(b"\0\n").decode()
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS or _SERIALISED in log:
             raise NvrtcError(log or status.name)
-        return _fetch(nvrtc, program, "CUBIN")
+        cubin: bytes = _fetch(nvrtc, program, "CUBIN")
+        return cubin
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
@@ -57,6 +58,7 @@ def _literal(value: int | float | str) -> str:
 
 
 def _fetch(nvrtc: Any, program: Any, what: str) -> bytes:
+    buffer: bytes
     status, size = getattr(nvrtc, f"nvrtcGet{what}Size")(program)
     _require(nvrtc, status)
     buffer = b"\0" * size

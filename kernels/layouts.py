@@ -94,4 +94,11 @@ def mxfp4_down(blocks: Tensor, scales: Tensor) -> Tensor:
     return _slabs("mxfp4_down", blocks, scales)
 
 
+def layout_sources(operand: str, kind: str) -> tuple[str, ...]:
+    """The operands of a kernel that the laid out weight in place of `operand` is made of."""
+    if kind == "tiles":
+        return (operand,)
+    return operand, "scales" if operand == "weight" else f"{operand}_scales"
+
+
 REFERENCES: dict[str, Callable[..., Tensor]] = {"tiles": tiles, "mxfp4_gate_up": mxfp4_gate_up, "mxfp4_down": mxfp4_down}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptoss_compile.build import build_all, key_of
 from gptoss_compile.dialect import OPS
-from gptoss_compile.kernels.layouts import REFERENCES
+from gptoss_compile.kernels.layouts import REFERENCES, layout_sources
 from gptoss_compile.kernels.registry import SPECS
 from gptoss_compile.kernels.spec import KernelSpec, Launch, TensorSpec
 from gptoss_compile.runtime.cuda_driver import CudaError, Device
@@ -67,9 +67,7 @@ class Prepared:
         binaries = build_all([launch.source for launch in launches], TARGET, processes=8)
         self.buffers: dict[str, Tensor] = {k: v.cuda().contiguous() for k, v in arguments.items() if isinstance(v, Tensor)}
         for name, layout in spec.layouts.items():
-            sources = [self.buffers[name]]
-            if layout.startswith("mxfp4"):
-                sources.append(self.buffers[scales_of(name)])
+            sources = [self.buffers[source] for source in layout_sources(name, layout)]
             self.buffers[name] = REFERENCES[layout](*sources).contiguous()
         meta = [v.to("meta") if isinstance(v, Tensor) else v for v in arguments.values()]
         shapes = getattr(torch.ops.gptoss, op)(*meta)
@@ -108,11 +106,6 @@ class Prepared:
             self.device.check(api.cuLaunchKernelEx(config, function, parameters[0], 0), "launching")
         if wait:
             self.device.synchronize("running")
-
-
-def scales_of(name: str) -> str:
-    """The operand with the block scales of the blocks in operand `name`."""
-    return "scales" if name == "weight" else f"{name}_scales"
 
 
 def _parameters(device: Device, kernel: Any, grid: tuple[int, int, int], pointers: Sequence[int]) -> tuple[Any, Any, Any]:
