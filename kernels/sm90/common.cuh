@@ -35,6 +35,13 @@ DEVICE uint4 load_16(const void* p) {
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
     return r;
 }
+// As one instruction: NVRTC's own uint4 and uint2 are aligned to 4 bytes only, so an assignment is several.
+DEVICE void store_16(void* p, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+DEVICE void store_8(void* p, uint2 v) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
 DEVICE u32 load_4(const void* p) {
     u32 r;
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
@@ -105,7 +112,8 @@ DEVICE void mma_bf16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 
 // ---- softmax --------------------------------------------------------------------------------------
 
-constexpr float INFINITE = __builtin_huge_valf(), LOG2E = 1.4426950408889634f;
+#define INFINITE __int_as_float(0x7F800000)  // NVRTC has no name for it
+constexpr float LOG2E = 1.4426950408889634f;
 
 DEVICE float exp2_fast(float x) {  // 0 for -infinity
     float r;
