@@ -17,7 +17,7 @@ DEVICE float squares(uint4 v) {
     return sum;
 }
 DEVICE u32 scaled(u32 x, float factor, u32 weight) {
-    asm volatile("" : "+r"(weight));  // stays a pair over all rows: unpacked ahead of them the weights fill the registers
+    asm volatile("" : "+r"(x), "+r"(weight));  // pairs until here: unpacked early they do not fit the registers
     return pack_bf16(low_bf16(x) * factor * low_bf16(weight), high_bf16(x) * factor * high_bf16(weight));
 }
 
