@@ -22,14 +22,14 @@ DEVICE u32 scaled(u32 x, float factor, u32 weight) {
 }
 
 // A warp a row; lane l holds chunks l, l + 32, ...
-extern "C" __global__ void __launch_bounds__(THREADS, 4) tile(const u16* x,
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tile(const u16* x,
 #if GATHER
-                                                              const int* rows,
+                                                                   const int* rows,
 #endif
 #if NORM
-                                                              const u16* norm_weight,
+                                                                   const u16* norm_weight,
 #endif
-                                                              u16* tiles) {
+                                                                   u16* tiles) {
     trigger_next();
     const int lane = threadIdx.x % 32;
 #if NORM
