@@ -59,6 +59,9 @@ DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(
 DEVICE void copy_16_async(u32 shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
+DEVICE void copy_4_async(u32 shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
+}
 DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }  // this thread's own
 DEVICE uint4 load_shared_16(u32 address) {
     uint4 r;
