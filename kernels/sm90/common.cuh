@@ -73,8 +73,8 @@ DEVICE void store_shared_16(u32 address, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-// Four 8x8 matrices of 16-bit elements: lane 8m + r gives the address of row r of matrix m; lane (g, t) = (lane / 4, lane % 4)
-// gets elements 2t and 2t + 1 of row g of each.
+// Four 8x8 matrices of 16-bit elements: lane 8m + r gives the address of row r of matrix m; lane 4g + t gets elements 2t and
+// 2t + 1 of row g of each.
 DEVICE uint4 load_matrices(u32 address) {
     uint4 r;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -106,7 +106,7 @@ DEVICE float warp_sum(float v) {
     for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
     return v;
 }
-// c[16 x 8] += a[16 x 16] b[16 x 8]. Lane (g, t) holds: a0 row g, columns 2t, 2t + 1; a1 row g + 8; a2, a3 the same rows, the
+// c[16 x 8] += a[16 x 16] b[16 x 8]. Lane 4g + t holds: a0 row g, columns 2t, 2t + 1; a1 row g + 8; a2, a3 the same rows,
 // columns + 8; b0 column g, rows 2t, 2t + 1; b1 rows + 8; c0, c1 row g, columns 2t, 2t + 1; c2, c3 row g + 8.
 DEVICE void mma_bf16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
