@@ -101,6 +101,19 @@ DEVICE u32 multiply_bf16(u32 a, u32 b) {
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
 }
+// a b - product: exactly what rounding took from a b, if product is a b rounded.
+DEVICE u32 rounding_error(u32 a, u32 b, u32 product) {
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(product ^ 0x80008000u));
+    return r;
+}
+DEVICE uint4 multiply_8(uint4 a, uint4 b) {
+    return make_uint4(multiply_bf16(a.x, b.x), multiply_bf16(a.y, b.y), multiply_bf16(a.z, b.z), multiply_bf16(a.w, b.w));
+}
+DEVICE uint4 rounding_errors(uint4 a, uint4 b, uint4 product) {
+    return make_uint4(rounding_error(a.x, b.x, product.x), rounding_error(a.y, b.y, product.y),
+                      rounding_error(a.z, b.z, product.z), rounding_error(a.w, b.w, product.w));
+}
 DEVICE float warp_sum(float v) {
 #pragma unroll
     for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
@@ -148,6 +161,14 @@ DEVICE void store_async(u32 peer, u32 peer_barrier, float2 v) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
                  ::"r"(peer), "f"(v.x), "f"(v.y), "r"(peer_barrier) : "memory");
 }
+DEVICE void store_async(u32 peer, u32 peer_barrier, float4 v) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(peer), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(peer_barrier) : "memory");
+}
+// All threads of the cluster, with what they did before.
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
 
 // ---- barriers in shared memory (mbarrier) ---------------------------------------------------------
 
@@ -165,3 +186,35 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
     asm volatile("{\n.reg .pred done;\nwaiting:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
                  "@!done bra waiting;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
+DEVICE void barrier_arrive_at_peer(u32 peer_barrier) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
+}
+
+// ---- bulk copies from global to shared memory -----------------------------------------------------
+
+// One thread copies `bytes`, a multiple of 16; they count on the barrier. It costs that thread some 200 cycles.
+DEVICE void bulk_copy(u32 shared, const void* global, int bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
+}
+// What is read once in a step and had better not displace the rest of the L2.
+DEVICE void bulk_copy_once(u32 shared, const void* global, int bytes, u32 barrier) {
+    asm volatile("{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}"
+                 ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
+}
+// Into the blocks of the cluster whose bits are set in `blocks`, at the same address in each, counted on each one's barrier.
+DEVICE void bulk_copy_multicast(u32 shared, const void* global, int bytes, u32 barrier, u16 blocks) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+                 ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"(blocks) : "memory");
+}
+
+// ---- bulk copies ----------------------------------------------------------------------------------
+
+// Copies bytes (a multiple of 16) to shared memory and counts them on a barrier.
+DEVICE void copy_bulk(u32 shared, const void* global, int bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
+}
+// What this thread stored in shared memory becomes visible to wgmma and bulk copies; a barrier must follow.
+DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
