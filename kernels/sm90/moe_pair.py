@@ -1,0 +1,60 @@
+"""moe_gate_up and moe_down with MXFP4 experts on Hopper: moe_pair.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gptoss_compile.kernels.common import cuda_launch, number, tensor, total_bytes
+from gptoss_compile.kernels.moe import expert_bytes
+from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
+from gptoss_compile.target import Target
+
+STAGE_ROWS = 192  # of three slabs of the weights' layout
+PARTS = 3  # warps that share a row, a third of its columns each
+
+
+def _supports(target: Target, operands: Mapping[str, Operand], hidden: int, inner: int) -> bool:
+    """MXFP4 experts whose rows and columns, in both projections, are whole stages and equal thirds."""
+    return (target.name == "sm90" and isinstance(operands["scales"], TensorSpec) and tensor(operands, "bias").dtype == "bf16"
+            and hidden % STAGE_ROWS == 0 and inner % STAGE_ROWS == 0)
+
+
+def gate_up_supports(target: Target, operands: Mapping[str, Operand]) -> bool:
+    return _supports(target, operands, tensor(operands, "x").shape[1], tensor(operands, "weight").shape[1] // 2)
+
+
+def down_supports(target: Target, operands: Mapping[str, Operand]) -> bool:
+    return _supports(target, operands, tensor(operands, "weight").shape[1], tensor(operands, "h").shape[2])
+
+
+def gate_up_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    """A block is 64 rows, hence 32 features, of one pair: four units of 16 rows, two for each of two groups of warps."""
+    x, (tokens, top_k) = tensor(operands, "x"), tensor(operands, "ids").shape
+    hidden, inner = x.shape[1], tensor(operands, "weight").shape[1] // 2
+    pairs = tokens * top_k
+    defines = {"DOWN": 0, "HIDDEN": hidden, "INNER": inner, "TOP_K": top_k, "EPS": number(operands, "eps"),
+               "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit")}
+    return (cuda_launch("moe_pair.cu", "moe_gate_up", defines, ("x", "norm_weight", "ids", "weight", "bias", "out0"),
+                        grid=pairs * (inner // 32), threads=32 * PARTS * 2, shared=2 * hidden + 128,
+                        moved=x.bytes + 2 * pairs * inner + expert_bytes(operands, pairs),
+                        flops=4 * pairs * inner * hidden, preloads=("x", "norm_weight"), late_trigger=True,
+                        promises=("HMMA",)),)
+
+
+def down_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    """A block is 16 features of one token, over all its experts: one or two of them to each three warps."""
+    (tokens, top_k, inner), residual = tensor(operands, "h").shape, tensor(operands, "residual")
+    hidden, pairs = residual.shape[1], tokens * top_k
+    defines = {"DOWN": 1, "HIDDEN": hidden, "INNER": inner, "TOP_K": top_k}
+    return (cuda_launch("moe_pair.cu", "moe_down", defines, ("h", "ids", "probs", "weight", "bias", "residual", "out0"),
+                        grid=tokens * (hidden // 16), threads=32 * PARTS * (top_k if top_k % 2 else top_k // 2),
+                        shared=2 * top_k * inner + 128,
+                        moved=total_bytes(operands["h"], residual, residual) + expert_bytes(operands, pairs),
+                        flops=2 * pairs * inner * hidden, preloads=("ids", "probs", "weight", "bias", "residual"),
+                        promises=("HMMA",)),)
+
+
+SPECS = (
+    KernelSpec("sm90_moe_gate_up_pair", "moe_gate_up", gate_up_supports, gate_up_launch, {"weight": "mxfp4_gate_up"}),
+    KernelSpec("sm90_moe_down_pair", "moe_down", down_supports, down_launch, {"weight": "mxfp4_down"}),
+)
