@@ -24,7 +24,7 @@ from gptoss_compile.runtime.generate import Generator
 from gptoss_compile.runtime.graphs import Graph, Launch, make_launch
 
 Inputs = dict[str, Ints]
-EXPERT_WEIGHTS = ("weight", "scales", "bias")
+EXPERT_WEIGHTS = {f"{at}{kind}" for at in ("weight", "up", "down") for kind in ("", "_scales", "_bias")} | {"scales", "bias"}
 PIECE = 1 << 30  # bytes of a cache that are filled at once
 
 
@@ -122,7 +122,7 @@ def step_bytes(config: ModelConfig, step: Step, context: int, experts: float) ->
     """The bytes that a step of a decode plan must move if every sequence has `context` tokens and its layer touches so
     many distinct experts."""
     operands = {name: o for name, o in step.operands.items() if isinstance(o, Operand)}
-    if step.op.startswith(("moe_gate_up", "moe_down")):
+    if step.op.startswith("moe_"):
         weights = sum(operands[name].bytes for name in EXPERT_WEIGHTS if name in operands)
         rest = sum(o.bytes for name, o in operands.items() if name not in EXPERT_WEIGHTS)
         return round(weights * experts / config.num_experts) + rest + sum(o.bytes for o in step.outputs)

@@ -1,14 +1,16 @@
-"""The kernels beside the graph, compiled: the greedy end of a decode step, and the generator of random weights."""
+"""The kernels beside the graph, compiled: the greedy end of a decode step, and what fills and lays out weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from gptoss_compile.artifact import canonical_json
-from gptoss_compile.build import build
+from gptoss_compile.build import Binary, build
 from gptoss_compile.kernels import advance, generate
+from gptoss_compile.kernels.sm90 import layout
 from gptoss_compile.kernels.spec import Launch, TensorSpec
-from gptoss_compile.launch_plan import RANDOM_WEIGHTS, KernelLaunch, LaunchPlan, Operand, Step
+from gptoss_compile.launch_plan import LAYOUTS, RANDOM_WEIGHTS, KernelLaunch, LaunchPlan, Operand, Step
 from gptoss_compile.memory import align
 from gptoss_compile.passes.base import Context
 from gptoss_compile.target import Target
@@ -41,10 +43,27 @@ def with_advance(plan: LaunchPlan, launch: Launch, binary: str, target: Target) 
     return replace(plan, advance=step, arena_bytes=arena, workspace_bytes=max(plan.workspace_bytes, workspace))
 
 
+def layout_files(plans: Sequence[LaunchPlan], target: Target) -> list[tuple[str, bytes]]:
+    """The artifact's files by which its weights are laid out on the device; none if no kernel asks for that."""
+    kinds = {layout.kind for plan in plans for layout in plan.layouts.values()}
+    if not kinds:
+        return []
+    planned, files = {}, []
+    for kind, launch in layout.launches(target).items():
+        binary = build(launch.source, target)
+        planned[kind] = {"binary": binary.stem, "grid": list(launch.grid), "args": list(launch.args)}
+        files += binary_files(binary)
+    return [(LAYOUTS, canonical_json(planned)), *dict(files).items()]
+
+
+def binary_files(binary: Binary) -> list[tuple[str, bytes]]:
+    return [(f"kernels/{binary.stem}.{binary.suffix}", binary.code),
+            (f"kernels/{binary.stem}.json", canonical_json(binary.metadata()))]
+
+
 def random_weights_files(target: Target) -> list[tuple[str, bytes]]:
     """The artifact's files by which its random weights are generated on the device."""
     (launch,) = generate.instantiate(target, {"parameters": TensorSpec((8,), "i32"), "out": TensorSpec((1,), "i32")})
     binary = build(launch.source, target)
     planned = {"binary": binary.stem, "grid": list(launch.grid)}
-    return [(RANDOM_WEIGHTS, canonical_json(planned)), (f"kernels/{binary.stem}.{binary.suffix}", binary.code),
-            (f"kernels/{binary.stem}.json", canonical_json(binary.metadata()))]
+    return [(RANDOM_WEIGHTS, canonical_json(planned)), *binary_files(binary)]

@@ -105,10 +105,8 @@ def compile_checkpoint(checkpoint: Checkpoint, folder: Path | None, request: Req
             writer.write(f"ir/{each.plan.bucket}.py", each.ir.encode())
         for name, data in sorted({name: data for each in compiled for name, data in each.files}.items()):
             writer.write(f"kernels/{name}", data)
-        if request.target.is_gpu and request.weights.startswith("random:"):
-            from gptoss_compile.beside import random_weights_files
-
-            for name, data in random_weights_files(request.target):
+        if request.target.is_gpu:
+            for name, data in _files_beside(request, [each.plan for each in compiled]):
                 writer.write(name, data)
         tokenizer, note = o200k_base(folder, config.vocab_size)
         if tokenizer is not None:
@@ -198,9 +196,20 @@ def generate(graph: fx.Graph, ctx: Context) -> tuple[LaunchPlan, list[tuple[str,
     return plan, files
 
 
+def _files_beside(request: Request, plans: Sequence[LaunchPlan]) -> list[tuple[str, bytes]]:
+    """The files that a GPU needs to fill its weights. Raises CompileError if buckets want a weight laid out in two ways."""
+    from gptoss_compile.beside import layout_files, random_weights_files
+
+    for plan in plans:
+        if plan.layouts != plans[0].layouts:
+            raise CompileError(f"buckets {plans[0].bucket} and {plan.bucket} want weights laid out in different ways")
+    files = layout_files(plans, request.target)
+    return files + (random_weights_files(request.target) if request.weights.startswith("random:") else [])
+
+
 def tool_versions(target: Target) -> dict[str, str]:
     """Versions that the machine code depends on."""
-    names = ["torch", "triton"] if target.is_gpu else ["torch"]
+    names = ["torch", "triton", "nvidia-cuda-nvrtc"] if target.is_gpu else ["torch"]
     versions = {name: importlib.metadata.version(name) for name in names}
     if not target.is_gpu:  # native code: of this processor and its compiler
         versions["machine"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

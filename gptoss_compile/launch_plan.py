@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 ITEM_BYTES = {"bf16": 2, "fp32": 4, "i32": 4, "u8": 1}
+LAYOUTS = "plans/layouts.json"  # in artifacts whose kernels want weights laid out: the launch for each kind of layout
 RANDOM_WEIGHTS = "plans/random_weights.json"  # in artifacts with random weights for a GPU: the launch that makes them
 ALIGNMENT = 256  # bytes; every buffer of the arena starts at a multiple
 
@@ -37,6 +38,25 @@ class Weight:
     def from_json(cls, data: dict[str, Any]) -> Weight:
         return cls(data["name"], data["dtype"], tuple(data["shape"]), tuple(data.get("parts", ())),
                    tuple(data.get("values", ())))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the device keeps a weight whose kernels do not read it row by row, see `kernels.layouts`.
+
+    sources: the weights of the artifact that it is made of, this one first; the others are not kept.
+    """
+
+    kind: str
+    sources: tuple[str, ...]
+
+    def bytes(self, shape: tuple[int, ...]) -> int:
+        """Of the laid out weight. shape: of the first source."""
+        if self.kind == "tiles":
+            rows, columns = shape
+            return -(-rows // 64) * 64 * columns * 2
+        experts, rows, blocks, _ = shape
+        return experts * (rows // 64) * (blocks // 2) * 2176
 
 
 Place = Literal["arena", "workspace", "input", "weight", "cache"]
@@ -68,9 +88,10 @@ Value = Operand | int | float | None
 
 @dataclass(frozen=True)
 class KernelLaunch:
-    """One kernel launch. args: for each pointer an operand name of the step, `outN` or `scratchN`.
+    """One kernel launch. args: for each pointer an operand name of the step, `outN`, `scratchN` or a name in common.
 
-    binary: stem of a file in the artifact's kernels/. pdl: launched with programmatic stream serialisation.
+    binary: stem of a file in the artifact's kernels/. pdl: launched with programmatic stream serialisation. common: buffers
+    that the launches of a step share, by name.
     """
 
     binary: str
@@ -78,6 +99,7 @@ class KernelLaunch:
     args: tuple[str, ...]
     scratch: tuple[Operand, ...]
     pdl: bool
+    common: dict[str, Operand] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,7 @@ class Step:
 class LaunchPlan:
     """One bucket's step for one rank. caches: one a layer; weights: in the order of the traced graph's placeholders.
 
+    layouts: by name, the weights that the device keeps otherwise than row by row.
     advance: of decode buckets, the greedy end that may follow the steps: it turns the inputs into those of the next token.
     """
 
@@ -112,6 +135,7 @@ class LaunchPlan:
     inputs: tuple[Operand, ...]
     caches: tuple[Operand, ...]
     weights: tuple[Weight, ...]
+    layouts: dict[str, Layout]
     steps: tuple[Step, ...]
     logits: Operand
     advance: Step | None = None
@@ -126,8 +150,9 @@ class LaunchPlan:
         return cls(
             data["bucket"], data["target"], data["dtype"], data["rank"], data["ranks"], data["arena_bytes"],
             data["workspace_bytes"], tuple(map(_operand, data["inputs"])), tuple(map(_operand, data["caches"])),
-            tuple(map(Weight.from_json, data["weights"])), tuple(map(_step, data["steps"])), _operand(data["logits"]),
-            _step(data["advance"]) if data["advance"] else None)
+            tuple(map(Weight.from_json, data["weights"])),
+            {name: Layout(x["kind"], tuple(x["sources"])) for name, x in data["layouts"].items()},
+            tuple(map(_step, data["steps"])), _operand(data["logits"]), _step(data["advance"]) if data["advance"] else None)
 
 
 def _encode(plan: LaunchPlan) -> dict[str, Any]:
@@ -140,9 +165,14 @@ def _operand(data: dict[str, Any]) -> Operand:
     return Operand(data["place"], data["key"], data["dtype"], tuple(data["shape"]))
 
 
+def _launch(data: dict[str, Any]) -> KernelLaunch:
+    common = {name: _operand(operand) for name, operand in data["common"].items()}
+    return KernelLaunch(data["binary"], tuple(data["grid"]), tuple(data["args"]), tuple(map(_operand, data["scratch"])),
+                        data["pdl"], common)
+
+
 def _step(data: dict[str, Any]) -> Step:
     operands = {k: _operand(v) if isinstance(v, dict) else v for k, v in data["operands"].items()}
-    launches = tuple(KernelLaunch(x["binary"], tuple(x["grid"]), tuple(x["args"]), tuple(map(_operand, x["scratch"])),
-                                  x["pdl"]) for x in data["launches"])
+    launches = tuple(map(_launch, data["launches"]))
     return Step(data["op"], data["kernel"], operands, tuple(map(_operand, data["outputs"])), launches,
                 tuple((a, b) for a, b in data["frees"]), data["moved"], data["flops"])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, fx
 
 from gptoss_compile.dialect import OPS
+from gptoss_compile.kernels.layouts import layout_sources
 from gptoss_compile.kernels.registry import SPECS
 from gptoss_compile.kernels.spec import KernelSpec, Launch, TensorSpec
 from gptoss_compile.kernels.spec import Operand as KernelOperand
-from gptoss_compile.launch_plan import KernelLaunch, LaunchPlan, Operand, Step, Value
+from gptoss_compile.launch_plan import KernelLaunch, LaunchPlan, Layout, Operand, Step, Value
 from gptoss_compile.memory import Lifetime, align, assign
 from gptoss_compile.passes.base import Context
 from gptoss_compile.target import Target
@@ -64,11 +65,13 @@ def make_plan(graph: fx.Graph, ctx: Context, *, rank: int = 0, binary_of: Binary
     scratch = {(node, i, j): Lifetime(spec.bytes, step_of[node], step_of[node]) for node in nodes
                for i, launch in enumerate(launches[node]) for j, spec in enumerate(launch.scratch)
                if j not in launch.zeroed}
-    offsets, arena = assign([life for _, life in buffers] + list(scratch.values()))
+    common = {(node, name): Lifetime(spec.bytes, step_of[node], step_of[node]) for node in nodes
+              for launch in launches[node] for name, spec in launch.common}
+    offsets, arena = assign([life for _, life in buffers] + list(scratch.values()) + list(common.values()))
     for (key, _), offset in zip(buffers, offsets, strict=False):
         value = _outputs(key[0])[key[1]]
         places[key] = Operand("arena", offset, DTYPE_NAMES[value.dtype], tuple(value.shape))
-    scratch_offsets = dict(zip(scratch, offsets[len(buffers):], strict=True))
+    scratch_offsets = dict(zip((*scratch, *common), offsets[len(buffers):], strict=True))
 
     steps, workspace = [], 0
     for i, node in enumerate(nodes):
@@ -87,7 +90,9 @@ def make_plan(graph: fx.Graph, ctx: Context, *, rank: int = 0, binary_of: Binary
                     own.append(Operand("arena", scratch_offsets[node, number, j], spec.dtype, spec.shape))
             workspace = max(workspace, at)
             pdl = bool(node.meta.get("pdl")) if number == 0 else ctx.target.has("pdl")
-            planned.append(KernelLaunch(binary_of(launch), launch.grid, launch.args, tuple(own), pdl))
+            shared = {name: Operand("arena", scratch_offsets[node, name], spec.dtype, spec.shape)
+                      for name, spec in launch.common}
+            planned.append(KernelLaunch(binary_of(launch), launch.grid, launch.args, tuple(own), pdl, shared))
         kernel = node.meta["kernel"].name if "kernel" in node.meta else op_name(node)
         outputs = tuple(places[node, k] for k in range(len(_outputs(node))))
         frees = tuple((int(places[key].key), int(places[key].key) + align(life.size))
@@ -99,8 +104,21 @@ def make_plan(graph: fx.Graph, ctx: Context, *, rank: int = 0, binary_of: Binary
     external = {kind: tuple(_external(n, role) for n, role in roles if role.kind == kind) for kind in ("input", "cache")}
     weights = tuple(role.weight for n, role in roles if role.kind == "weight" and n.users)
     return LaunchPlan(ctx.bucket.name, ctx.target.name, DTYPE_NAMES[ctx.dtype], rank, ctx.ranks, arena, workspace,
-                      external["input"], external["cache"], weights, tuple(steps),
+                      external["input"], external["cache"], weights, _layouts(nodes) if binary_of else {}, tuple(steps),
                       cast(Operand, _place(returned[0], places)))
+
+
+def _layouts(nodes: Sequence[fx.Node]) -> dict[str, Layout]:
+    """How the chosen kernels want their weights."""
+    layouts: dict[str, Layout] = {}
+    for node in nodes:
+        operands = node_operands(node)
+        for operand, kind in node.meta["kernel"].layouts.items():
+            sources = [operands[name] for name in layout_sources(operand, kind)]
+            names = tuple(source.meta["role"].weight.name for source in sources)
+            layout = layouts.setdefault(names[0], Layout(kind, names))
+            assert layout.kind == kind, f"kernels want {names[0]} as {layout.kind} and as {kind}"
+    return layouts
 
 
 def kernel_launches(node: fx.Node, ctx: Context) -> tuple[Launch, ...]:

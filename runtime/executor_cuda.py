@@ -17,14 +17,13 @@ import numpy as np
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
-from gptoss_compile.launch_plan import ALIGNMENT, LaunchPlan, Operand, Step
+from gptoss_compile.launch_plan import LaunchPlan, Operand, Step
 from gptoss_compile.runtime.cuda_driver import Bytes, Device, load_kernel
 from gptoss_compile.runtime.executor import Floats, Ints
-from gptoss_compile.runtime.generate import generate_weights
 from gptoss_compile.runtime.graphs import Graph, Launch, prepare
 from gptoss_compile.runtime.pools import pool_sizes
-from gptoss_compile.runtime.staging import Progress, upload_weights
-from gptoss_compile.weights import constant
+from gptoss_compile.runtime.staging import Progress
+from gptoss_compile.runtime.weights_cuda import DeviceWeights, align
 
 Array = np.ndarray[Any, Any]
 Watch = Callable[[int, Step], None]
@@ -32,10 +31,6 @@ Watch = Callable[[int, Step], None]
 RESERVE = 1 << 30  # bytes left free for graphs, the driver, and whoever else uses the GPU
 NUMPY = {"bf16": np.uint16, "fp32": np.float32, "i32": np.int32, "u8": np.uint8}  # of operands; bf16 as its bits
 POISON = 0xFF  # NaN in every float format used
-
-
-def _align(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class CudaExecutor:
@@ -50,11 +45,11 @@ class CudaExecutor:
         self.seconds: dict[str, float] = {}
         self.plans = {b: LaunchPlan.loads(artifact.file(f"plans/{b.name}.json").read_text()) for b in self.buckets}
         plans = self.plans.values()
-        self._places: dict[str, int] = {}
         with self._phase("memory"):
             self._arena = device.allocate(max(p.arena_bytes for p in plans), "intermediate results")
             self._workspace = device.allocate(max(p.workspace_bytes for p in plans), "kernels' counters")
-            self._allocate_weights()
+            self._weights = DeviceWeights(device, plans)
+            self._places: dict[str, int] = dict(self._weights.places)
             self._inputs = {b: _InputBuffer(device, plan) for b, plan in self.plans.items()}
             self._allocate_caches(num_pages, max_num_seqs)
             self._host_logits = device.allocate_pinned(max(p.logits.bytes for p in plans), "logits")
@@ -63,7 +58,7 @@ class CudaExecutor:
         self._launches = {b: self.prepare(b, plan.steps) for b, plan in self.plans.items()}
         self._advance = {b: self.prepare(b, [plan.advance]) for b, plan in self.plans.items() if plan.advance}
         with self._phase("weights"):
-            self._load_weights(artifact, progress)
+            self._weights.load(artifact, progress)
         self.graphs: dict[Bucket, Graph] = {}
         self._loops: dict[Bucket, Graph] = {}
         for bucket, steps in self._launches.items():
@@ -131,8 +126,7 @@ class CudaExecutor:
     @property
     def weights_range(self) -> tuple[int, int]:
         """(address, bytes) of all weights together."""
-        first = min(self._places[w.name] for plan in self.plans.values() for w in plan.weights)
-        return first, self._weight_bytes
+        return self._weights.first, self._weights.bytes
 
     @property
     def device(self) -> Device:
@@ -235,30 +229,6 @@ class CudaExecutor:
             return self._inputs[bucket].places[str(operand.key)]
         return self._places[str(operand.key)]
 
-    def _allocate_weights(self) -> None:
-        sizes = {w.name: Operand("weight", w.name, w.dtype, w.shape).bytes
-                 for plan in self.plans.values() for w in plan.weights}
-        self._weight_bytes = sum(sizes.values())
-        at = self._device.allocate(sum(map(_align, sizes.values())), "weights")
-        for name, size in sizes.items():
-            self._places[name] = at
-            at += _align(size)
-
-    def _load_weights(self, artifact: Artifact, progress: Progress | None) -> None:
-        """Random weights are generated here; stored ones, and constants, are copied."""
-        plans, total = self.plans.values(), self._weight_bytes
-        dtypes = {w.name: w.dtype for plan in plans for w in plan.weights}
-        missing = dtypes.keys() - {recipe["name"] for recipe in artifact.recipes()}
-        assert not missing, f"the artifact has no weights {sorted(missing)}"
-        if artifact.weights.startswith("random:"):
-            generate_weights(artifact, self._device, self._places, dtypes)
-            constants = ((r["name"], constant(r)) for r in artifact.recipes() if "values" in r)
-            upload_weights(self._device, constants, self._places, dtypes, total)
-            if progress:
-                progress(total, total)
-        else:
-            upload_weights(self._device, artifact.open_weights(), self._places, dtypes, total, progress)
-
     def _allocate_caches(self, num_pages: int | None, max_num_seqs: int) -> None:
         caches = self.plans[self.buckets[0]].caches
         self.num_pages, self.num_window_pages = pool_sizes(
@@ -267,10 +237,10 @@ class CudaExecutor:
             memory=max(self._device.free_bytes() - RESERVE, 0))
         sizes = {str(cache.key): self.true_shape(cache).bytes for cache in caches}
         purpose = f"the KV cache ({self.num_pages} pages, {self.num_window_pages} in window layers)"
-        at = self._device.allocate(sum(map(_align, sizes.values())), purpose)
+        at = self._device.allocate(sum(map(align, sizes.values())), purpose)
         for name, size in sizes.items():
             self._places[name] = at
-            at += _align(size)
+            at += align(size)
 
 
 class _InputBuffer:
@@ -279,14 +249,14 @@ class _InputBuffer:
 
     def __init__(self, device: Device, plan: LaunchPlan) -> None:
         self._device, self._bucket = device, plan.bucket
-        size = sum(_align(operand.bytes) for operand in plan.inputs)
+        size = sum(align(operand.bytes) for operand in plan.inputs)
         self._address = device.allocate(size, f"inputs of {plan.bucket}")
         self._sides = [_Side(device, plan, size) for _ in range(2)]
         at = self._address
         self.places: dict[str, int] = {}
         for operand in plan.inputs:
             self.places[str(operand.key)] = at
-            at += _align(operand.bytes)
+            at += align(operand.bytes)
 
     def upload(self, inputs: Mapping[str, Ints]) -> None:
         self._sides.reverse()
@@ -310,7 +280,7 @@ class _Side:
         for operand in plan.inputs:
             raw = self.memory[at : at + operand.bytes]
             self.views[str(operand.key)] = raw.view(NUMPY[operand.dtype]).reshape(operand.shape)
-            at += _align(operand.bytes)
+            at += align(operand.bytes)
 
 
 def _binaries(plans: Iterable[LaunchPlan]) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gptoss_compile.artifact import Artifact, Recipe
+from gptoss_compile.artifact import Artifact
 from gptoss_compile.launch_plan import ITEM_BYTES, RANDOM_WEIGHTS, KernelLaunch
 from gptoss_compile.logical import logical_tensors
 from gptoss_compile.random_weights import DeviceParameters, device_parameters
@@ -42,19 +42,18 @@ class Generator:
         device.release(table)
 
 
-def generate_weights(artifact: Artifact, device: Device, places: Mapping[str, int], dtypes: Mapping[str, str]) -> None:
-    """Every random weight of the artifact at its place, equal to `weights.read_weights` bit for bit."""
+def generate_weights(artifact: Artifact, device: Device, places: Mapping[str, int], dtypes: Mapping[str, str]) -> int:
+    """The artifact's random weights that have a place, there, equal to `weights.read_weights` bit for bit. Their bytes."""
     tensors, seed = logical_tensors(artifact.config), artifact.manifest["weights"]["seed"]
-    jobs = []
-    for recipe in random_recipes(artifact):
+    jobs, total = [], 0
+    for recipe in (r for r in artifact.recipes() if "parts" in r and r["name"] in places):
         dtype, start = dtypes[recipe["name"]], 0
         for part in recipe["parts"]:
             shape = tensors[part].shape
             assert start % WORD == 0, f"{part} does not start at a word of {recipe['name']}"
             jobs.append((part, device_parameters(part, shape, dtype, seed), places[recipe["name"]], start))  # type: ignore[arg-type]
             start += int(np.prod(shape)) * ITEM_BYTES[dtype]
-    Generator(artifact, device).run(jobs)
-
-
-def random_recipes(artifact: Artifact) -> Iterable[Recipe]:
-    return (recipe for recipe in artifact.recipes() if "parts" in recipe)
+        total += start
+    if jobs:
+        Generator(artifact, device).run(jobs)
+    return total

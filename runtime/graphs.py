@@ -50,15 +50,16 @@ def prepare(device: Device, bucket: str, steps: Sequence[Step], kernels: Mapping
 
 
 def _operand(step: Step, launch: KernelLaunch, name: str) -> Operand:
-    """What a launch calls `name`: an operand of the step, one of its outputs, or the launch's own scratch."""
-    own = {f"out{i}": o for i, o in enumerate(step.outputs)} | {f"scratch{i}": o for i, o in enumerate(launch.scratch)}
+    """What a launch calls `name`: an operand of the step, one of its outputs, or scratch, the launch's own or shared."""
+    own = {**{f"out{i}": o for i, o in enumerate(step.outputs)}, **{f"scratch{i}": o for i, o in enumerate(launch.scratch)},
+           **launch.common}
     value = own[name] if name in own else step.operands[name]
     assert isinstance(value, Operand), f"{step.op}: argument {name} is {value!r}, not a tensor"
     return value
 
 
 def make_launch(device: Device, label: str, launch: KernelLaunch, kernel: Kernel, pointers: Sequence[int]) -> Launch:
-    """Parameters of a Triton kernel: its pointers, then two scratch pointers, here null."""
+    """Parameters: the pointers, then the two scratch pointers of Triton's kernels, here null; others ignore them."""
     values = (ctypes.c_uint64 * (len(pointers) + 2))(*pointers, 0, 0)
     start = ctypes.addressof(values)
     table = (ctypes.c_uint64 * len(values))(*(start + 8 * i for i in range(len(values))))

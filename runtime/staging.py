@@ -17,10 +17,10 @@ CHUNK = 32 << 20  # bytes of each buffer
 
 
 def upload_weights(device: Device, weights: Iterable[tuple[str, Array]], places: Mapping[str, int],
-                   dtypes: Mapping[str, str], total: int, progress: Progress | None = None) -> None:
+                   dtypes: Mapping[str, str], report: Callable[[int], None] | None = None) -> None:
     """Copy each weight to its place, and wait. dtypes: what the plans compute with; bf16 is widened to fp32 where that
-    is asked for, which is exact. progress(bytes copied, total)."""
-    stream, done = device.new_stream(), 0
+    is asked for, which is exact. report(bytes) is called after each piece."""
+    stream = device.new_stream()
     buffers = [_Buffer(device, stream) for _ in range(2)]
     device.synchronize("preparing memory")  # the zeros must not come after what is copied here
     try:
@@ -30,9 +30,8 @@ def upload_weights(device: Device, weights: Iterable[tuple[str, Array]], places:
                 buffers[0].send(piece, address)
                 buffers.reverse()
                 address += piece.nbytes
-                done += piece.nbytes
-                if progress:
-                    progress(done, total)
+                if report:
+                    report(piece.nbytes)
     finally:
         for buffer in buffers:
             buffer.close()

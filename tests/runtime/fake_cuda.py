@@ -61,6 +61,8 @@ class FakeDriver:
         self.sizes: dict[int, int] = {}
         self.capturing: list[Captured] | None = None
         self.todo: Iterator[tuple[Step, KernelLaunch]] = iter(())
+        self.seen: dict[str, int] = {}  # the addresses that a step's launches so far were given
+        self.laid: dict[int, list[torch.Tensor]] = {}  # what lies, laid out, at an address
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def expect(self, plan: LaunchPlan, cache_shapes: dict[str, tuple[int, ...]], times: int = 1) -> None:
@@ -189,6 +191,8 @@ class FakeDriver:
     def _execute(self, captured: Captured) -> None:
         if captured.function.startswith("random_weights"):
             return self._generate(captured)
+        if captured.function.startswith(("tiles", "mxfp4")):
+            return self._lay_out(captured)
         step, launch = next(self.todo)
         assert captured.function == launch.binary
         c = captured.config
@@ -197,14 +201,33 @@ class FakeDriver:
         table = (ctypes.POINTER(ctypes.c_uint64) * count).from_address(captured.parameters)
         values = [pointer.contents.value for pointer in table]
         assert values[-2:] == [0, 0], "the two scratch pointers"
-        at = dict(zip(launch.args, values, strict=False))
-        operands = {name: self._tensor(value, at[name]) if isinstance(value, Operand) else value
+        self.seen |= dict(zip(launch.args, values, strict=False))
+        if launch is not step.launches[-1]:
+            return
+        at, self.seen = self.seen, {}
+        operands = {name: self._operand(name, value, at) if isinstance(value, Operand) else value
                     for name, value in step.operands.items()}
         results = OPS[step.op].reference(**operands)
         results = results if isinstance(results, tuple) else (results,)
         for i, (operand, result) in enumerate(zip(step.outputs, results, strict=True)):
             name = OPS[step.op].updates.get(i, f"out{i}")
             self._tensor(operand, at[name]).copy_(result)
+
+    def _operand(self, name: str, operand: Operand, at: dict[str, int]) -> torch.Tensor:
+        if name not in at:  # scales, which lie within their weight
+            return self.laid[at["weight" if name == "scales" else name.removesuffix("_scales")]][1].view(operand.shape)
+        if (laid := self.laid.get(at[name])) is not None:
+            return laid[0].view(DTYPES[operand.dtype]).view(operand.shape)
+        return self._tensor(operand, at[name])
+
+    def _lay_out(self, captured: Captured) -> None:
+        """Keeps the weight as it is, under the address where its layout would be: (parameters, source, scales, out)."""
+        table = (ctypes.POINTER(ctypes.c_uint64) * 4).from_address(captured.parameters)
+        row, source, scales, out = (pointer.contents.value for pointer in table)
+        experts, rows, columns, _ = self._tensor(Operand("input", "parameters", "i32", (4,)), row).tolist()
+        sizes = [(source, 2 * rows * columns)] if captured.function.startswith("tiles") else \
+            [(source, experts * rows * columns // 2), (scales, experts * rows * columns // 32)]
+        self.laid[out] = [self._tensor(Operand("weight", "", "u8", (size,)), at).clone() for at, size in sizes]
 
     def _generate(self, captured: Captured) -> None:
         """random_weights, which no plan announces: (parameters, out) and the two scratch pointers."""

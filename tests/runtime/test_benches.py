@@ -137,9 +137,9 @@ def test_chunks_of_a_prompt_reach_every_key_they_need(executor: CudaExecutor, mo
 def test_bytes_of_a_step(executor: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = bench("gpu", monkeypatch)
     plan = executor.plans[Bucket.decode(3)]
-    down = next(step for step in plan.steps if step.op.startswith("moe_down"))
-    experts = sum(o.bytes for n, o in down.operands.items() if n in ("weight", "scales", "bias") and isinstance(o, Operand))
-    assert gpu.step_bytes(CONFIG, down, 100, 3) - gpu.step_bytes(CONFIG, down, 100, 1) == experts * 2 // 4
+    moe = next(step for step in plan.steps if step.op.startswith("moe"))
+    experts = sum(o.bytes for n, o in moe.operands.items() if n.startswith(("up", "down")) and isinstance(o, Operand))
+    assert gpu.step_bytes(CONFIG, moe, 100, 3) - gpu.step_bytes(CONFIG, moe, 100, 1) == experts * 2 // 4
     full = next(s for s in plan.steps if s.op == "rope_kv_attention" and s.operands["window"] == 0)
     windowed = next(s for s in plan.steps if s.op == "rope_kv_attention" and s.operands["window"] == 16)
     key_and_value = 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 2

@@ -270,7 +270,7 @@ def test_bf16_is_widened_where_the_plan_computes_in_fp32(driver: FakeDriver, mon
     device = cuda_driver.Device.open("sm90")
     bits = np.arange(3 * 40, dtype=np.uint16).reshape(3, 40) * 257
     place = device.allocate(4 * bits.size, "a weight")
-    upload_weights(device, [("w", bits)], {"w": place}, {"w": "fp32"}, 4 * bits.size)
+    upload_weights(device, [("w", bits)], {"w": place}, {"w": "fp32"})
     found = np.ctypeslib.as_array((ctypes.c_uint32 * bits.size).from_address(place))
     assert np.array_equal(found, bits.reshape(-1).astype(np.uint32) << 16)
     device.close()
