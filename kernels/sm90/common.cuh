@@ -42,11 +42,23 @@ DEVICE void store_16(void* p, uint4 v) {
 DEVICE void store_8(void* p, uint2 v) {
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }
+DEVICE uint2 load_8(const void* p) {
+    uint2 r;
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p) : "memory");
+    return r;
+}
 DEVICE u32 load_4(const void* p) {
     u32 r;
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
     return r;
 }
+// What other blocks of this kernel announce: what they wrote before add_release is visible behind a load_acquire that sees it.
+DEVICE int load_acquire(const int* p) {
+    int r;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
+    return r;
+}
+DEVICE void add_release(int* p, int v) { asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
 DEVICE float load_bf16(const u16* p) {
     u16 r;
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(r) : "l"(p) : "memory");
@@ -67,6 +79,11 @@ DEVICE uint4 load_shared_16(u32 address) {
     uint4 r;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(address) : "memory");
+    return r;
+}
+DEVICE u32 load_shared_4(u32 address) {
+    u32 r;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
     return r;
 }
 DEVICE void store_shared_16(u32 address, uint4 v) {
@@ -186,6 +203,13 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
     asm volatile("{\n.reg .pred done;\nwaiting:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
                  "@!done bra waiting;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
+// Whether a barrier_wait would return at once
+DEVICE bool barrier_test(u32 barrier, u32 parity) {
+    u32 r;
+    asm volatile("{\n.reg .pred done;\nmbarrier.try_wait.parity.shared.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+                 : "=r"(r) : "r"(barrier), "r"(parity) : "memory");
+    return r;
+}
 DEVICE void barrier_arrive_at_peer(u32 peer_barrier) {
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
 }
@@ -218,3 +242,12 @@ DEVICE void copy_bulk(u32 shared, const void* global, int bytes, u32 barrier) {
 }
 // What this thread stored in shared memory becomes visible to wgmma and bulk copies; a barrier must follow.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for what is in global memory, on both sides of an announcement.
+DEVICE void fence_async_global() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// ---- registers: a warpgroup gives up what it does not need, and another takes it -------------------
+
+template <int N>
+DEVICE void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N>
+DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
