@@ -247,7 +247,7 @@ DEVICE void fence_async_global() { asm volatile("fence.proxy.async;" ::: "memory
 
 // ---- registers: a warpgroup gives up what it does not need, and another takes it -------------------
 
-template <int N>
-DEVICE void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N>
-DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int COUNT>
+DEVICE void keep_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT>
+DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
