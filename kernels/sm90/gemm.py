@@ -110,10 +110,11 @@ def gemm_launches(target: Target, operands: Mapping[str, Operand], out: TensorSp
     shared = (weights * shape.slabs * SLAB_BYTES + stages * shape.width * 128 + shape.parts_bytes
               + (2 * weights + 2 * stages + 1) * 8)
     grid = min(shape.items, shape.clusters(target)) * shape.split * shape.pair
-    defines = {
-        "TOKENS": tokens, "FEATURES": features, "INNER": inner, "SLABS": shape.slabs, "WIDTH": shape.width, "SPLIT": shape.split,
-        "PAIR": shape.pair, "WEIGHT_STAGES": weights, "TOKEN_STAGES": stages, "BIAS": int("bias" in present),
-        "RESIDUAL": int("residual" in present), "FP32": int(out.dtype == "fp32"), "GRID": grid, "SHARED": shared,
+    defines: dict[str, int | float | str] = {
+        "TOKENS": tokens, "FEATURES": features, "INNER": inner, "GRID": grid, "SHARED": shared,
+        "SLABS": shape.slabs, "WIDTH": shape.width, "SPLIT": shape.split, "PAIR": shape.pair,
+        "WEIGHT_STAGES": weights, "TOKEN_STAGES": stages,
+        "BIAS": int("bias" in present), "RESIDUAL": int("residual" in present), "FP32": int(out.dtype == "fp32"),
     }
     args = ("tiles", "weight", *(name for name in ("bias", "residual") if name in present), "out0")
     second = cuda_launch(
