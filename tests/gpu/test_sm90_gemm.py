@@ -22,15 +22,17 @@ SM90 = Target.parse("sm90")
 
 
 def linear_operands(tokens: int, features: int, inner: int, *, residual: bool) -> dict[str, Operand]:
-    spec = {"x": (tokens, inner), "weight": (features, inner), "bias": (features,),
-            **({"residual": (tokens, features)} if residual else {"norm_weight": (inner,)})}
-    return {**{name: TensorSpec(shape, "bf16") for name, shape in spec.items()}, **({} if residual else {"eps": EPS})}
+    """Of linear_residual, else of norm_linear, in the schema's order."""
+    x, weight, bias = (TensorSpec(shape, "bf16") for shape in ((tokens, inner), (features, inner), (features,)))
+    if residual:
+        return {"x": x, "weight": weight, "bias": bias, "residual": TensorSpec((tokens, features), "bf16")}
+    return {"x": x, "norm_weight": TensorSpec((inner,), "bf16"), "weight": weight, "bias": bias, "eps": EPS}
 
 
 def head_operands(tokens: int, rows: int | None, features: int, inner: int) -> dict[str, Operand]:
-    spec = {"x": (tokens, inner), "norm_weight": (inner,), "weight": (features, inner)}
+    x, norm, weight = (TensorSpec(shape, "bf16") for shape in ((tokens, inner), (inner,), (features, inner)))
     chosen = None if rows is None else TensorSpec((rows,), "i32")
-    return {**{name: TensorSpec(shape, "bf16") for name, shape in spec.items()}, "rows": chosen, "eps": EPS}
+    return {"x": x, "rows": chosen, "norm_weight": norm, "weight": weight, "eps": EPS}
 
 
 def random_arguments(operands: Mapping[str, Operand]) -> dict[str, Tensor | int | float | None]:
