@@ -1,0 +1,55 @@
+"""norm_route on Hopper: one launch of route_few.cu or, for many tokens, of route_tiled.cu."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gptoss_compile.kernels.common import cdiv, cuda_launch, integer, number, tensor, total_bytes
+from gptoss_compile.kernels.sm90 import gemv
+from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
+from gptoss_compile.target import Target
+
+FEW_TOKENS = 128  # above, blocks of 8 tokens would read the weights too often
+MAX_EXPERTS = 256  # four warpgroups, and what their stages leave of shared memory
+STAGES, OPERANDS = 5, 3  # of route_tiled.cu
+
+
+def supports(target: Target, operands: Mapping[str, Operand]) -> bool:
+    weight = tensor(operands, "weight")
+    experts, columns = weight.shape
+    return (all(tensor(operands, name).dtype == "bf16" for name in ("x", "norm_weight", "bias"))
+            and gemv.supports(target, weight) and experts <= MAX_EXPERTS
+            and integer(operands, "top_k") <= experts and _tiled_shared(experts, columns, 64) <= target.shared_bytes - 1024)
+
+
+def _tiled_shared(experts: int, columns: int, tokens: int) -> int:
+    return STAGES * cdiv(experts, 64) * 8192 + OPERANDS * 2 * tokens * 128 + columns * 2
+
+
+def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    """Few tokens: a block has 8 experts and up to 8 tokens, and the last block of those tokens chooses. Many: a block has
+    all experts and 16 to 64 tokens, fewer where there would be too few blocks."""
+    (tokens, columns), experts = tensor(operands, "x").shape, tensor(operands, "weight").shape[0]
+    top_k = integer(operands, "top_k")
+    defines: dict[str, int | float | str] = {"E": experts, "ALL_TOKENS": tokens, "TOP_K": top_k,
+                                             "EPS": number(operands, "eps")}
+    args = ("weight", "x", "norm_weight", "bias", "out0", "out1")
+    moved, flops = total_bytes(*operands.values()) + 8 * tokens * top_k, 2 * tokens * experts * columns
+    preloads = ("weight", "norm_weight")
+    if tokens <= FEW_TOKENS:
+        parts = cdiv(columns // gemv.STEP, 9)
+        few = min(tokens, gemv.MAX_TOKENS)
+        shape = gemv.Shape(8, parts, cdiv(columns // gemv.STEP, parts), min_blocks=2 if parts <= 6 else 1)
+        return (cuda_launch(
+            "route_few.cu", "route_few", {**defines, **shape.defines(columns, few), "NORM": 1, "EXACT": 1},
+            (*args, "scratch0"), grid=experts // 8 * cdiv(tokens, few), threads=shape.threads,
+            shared=gemv.shared_bytes(columns, few, True), scratch=(TensorSpec((tokens, experts), "i32"),), zeroed=(0,),
+            preloads=(*preloads, "bias"), late_trigger=True, moved=moved, flops=flops),)
+    wide = next((n for n in (64, 32) if cdiv(tokens, n) >= target.processors // 2), 16)
+    return (cuda_launch(
+        "route_tiled.cu", "route_tiled", {**defines, "K": columns, "TOKENS": wide}, args, grid=cdiv(tokens, wide),
+        threads=cdiv(experts, 64) * 128, shared=_tiled_shared(experts, columns, wide), preloads=preloads, late_trigger=True,
+        promises=("HGMMA",), moved=moved, flops=flops),)
+
+
+SPECS = (KernelSpec("sm90_norm_route", "norm_route", supports, launches, {"weight": "tiles"}),)
