@@ -14,9 +14,15 @@ from gptoss_compile.kernels import (
     rope,
     router,
 )
+from gptoss_compile.kernels.sm90 import attention as sm90_attention
+from gptoss_compile.kernels.sm90 import linear as sm90_linear
+from gptoss_compile.kernels.sm90 import moe_grouped as sm90_moe_grouped
+from gptoss_compile.kernels.sm90 import moe_pair
+from gptoss_compile.kernels.sm90 import router as sm90_router
 from gptoss_compile.kernels.spec import KernelSpec
 
 SPECS: tuple[KernelSpec, ...] = (
+    *sm90_attention.SPECS, *sm90_linear.SPECS, *sm90_router.SPECS, *moe_pair.SPECS, *sm90_moe_grouped.SPECS,
     *embed.SPECS, *rope.SPECS, *norm_linear.SPECS, *attention.SPECS, *router.SPECS, *moe.SPECS, *moe_grouped.SPECS,
     *quantize.SPECS,
 )
