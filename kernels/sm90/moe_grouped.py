@@ -1,0 +1,136 @@
+"""moe_grouped with MXFP4 experts on Hopper: moe_route.cu, tile.cu and moe_grouped.cu.
+
+Four launches. The sort gives every (token, expert) pair a row of the activation tiles, expert by expert; the rows of x are
+normed into them; both projections run as one persistent launch; the last mixes the results. Buffers that they share:
+
+    rows [R] i32           the token of each row of the tiles, -1 where there is none
+    place [T, A] i32       the row of each pair
+    groups [G, 4] i32      expert, first row, rows and width of each group, the tokens of a tile of the projections
+    extent [2] i32         how many groups there are, and R / 8: the projections' machine code serves any number of tokens
+    x_tiles, h_tiles       normed x and the SwiGLU's results as activation tiles
+    y [R, H] bf16          the experts' results, row by row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import gcd
+
+from gptoss_compile.kernels.common import cdiv, cuda_launch, number, tensor
+from gptoss_compile.kernels.moe_grouped import Sizes
+from gptoss_compile.kernels.sm90.tile import activation_tiles, tile_launch
+from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
+from gptoss_compile.target import Target
+
+STAGE_ROWS = 192  # weight rows of a tile: three slabs of the weights' layout
+STAGE_WEIGHTS = 3 * 2176  # bytes of these rows in 64 columns
+BESIDE_STAGES = 4096  # bytes of shared memory: barriers, biases, descriptions of tiles
+RESERVED = 1024  # bytes of shared memory that the system takes from each block
+MOST_STAGES = 15
+MOST_EXPERTS = 256  # counters of the sort in shared memory
+SORT_THREADS, COMBINE_THREADS = 1024, 256
+
+
+@dataclass(frozen=True)
+class Variant:
+    """widest: tokens of a tile; coarse: up to which these are multiples of 32, then of 8; blocks: on a processor."""
+
+    widest: int
+    coarse: int
+    blocks: int
+
+
+def variant(size: Sizes) -> Variant:
+    """By the tokens that an expert has on average.
+
+    Few: narrow tiles, and two blocks on a processor that keep more loads in flight. Many: accumulators as wide as registers
+    allow, so that a weight is decoded for as many tokens as possible.
+    """
+    share = size.pairs / size.experts
+    if share <= 8:
+        return Variant(32, 0, 2)
+    if share <= 32:
+        return Variant(56, 0, 2)
+    return Variant(128, 32, 1) if share <= 96 else Variant(192, 96, 1)
+
+
+def stages(target: Target, size: Sizes, chosen: Variant) -> int:
+    """Of the ring: as many as fit, and a divisor of both projections' depths, so that every tile begins at the first."""
+    room = (target.shared_bytes + RESERVED) // chosen.blocks - RESERVED - BESIDE_STAGES
+    most = min(room // (chosen.widest * 128 + STAGE_WEIGHTS), MOST_STAGES)
+    depth = gcd(size.hidden // 64, size.inner // 64)
+    return next(n for n in range(most, 0, -1) if depth % n == 0)
+
+
+def most_rows(size: Sizes) -> int:
+    """Rows of the tiles, if every expert's last 8 have one."""
+    return cdiv(size.pairs + 7 * min(size.experts, size.pairs), 8) * 8
+
+
+def buffers(size: Sizes, chosen: Variant) -> dict[str, TensorSpec]:
+    rows = most_rows(size)
+    groups = size.pairs // chosen.widest + min(size.experts, size.pairs)
+    return {"rows": TensorSpec((rows,), "i32"), "place": TensorSpec((size.tokens, size.top_k), "i32"),
+            "groups": TensorSpec((groups, 4), "i32"), "extent": TensorSpec((2,), "i32"),
+            "x_tiles": activation_tiles(rows, size.hidden), "h_tiles": activation_tiles(rows, size.inner),
+            "y": TensorSpec((rows, size.hidden), "bf16")}
+
+
+def supports(target: Target, operands: Mapping[str, Operand]) -> bool:
+    """MXFP4 experts whose rows, in both projections, are whole tiles."""
+    size = Sizes.of(operands)
+    return (target.name == "sm90" and isinstance(operands["up_scales"], TensorSpec) and size.dtype == "bf16"
+            and size.hidden % STAGE_ROWS == 0 and size.inner % STAGE_ROWS == 0 and size.experts <= MOST_EXPERTS)
+
+
+def sort_launch(size: Sizes, chosen: Variant, shared: Mapping[str, TensorSpec]) -> Launch:
+    written = {name: shared[name] for name in ("rows", "place", "groups", "extent")}
+    defines = {"SORT": 1, "TOKENS": size.tokens, "TOP_K": size.top_k, "EXPERTS": size.experts, "ROWS": most_rows(size),
+               "WIDEST": chosen.widest, "COARSE": chosen.coarse}
+    return cuda_launch("moe_route.cu", "moe_sort", defines, ("ids", *written), grid=cdiv(size.pairs, SORT_THREADS),
+                       threads=SORT_THREADS, common=written,
+                       moved=4 * size.pairs + shared["rows"].bytes + shared["place"].bytes)
+
+
+def experts_launch(target: Target, operands: Mapping[str, Operand], size: Sizes, chosen: Variant,
+                   shared: Mapping[str, TensorSpec]) -> Launch:
+    """Triggers late, so that the mix may read before its wait what the launches before this one wrote."""
+    depth = stages(target, size, chosen)
+    bytes_ = depth * (chosen.widest * 128 + STAGE_WEIGHTS) + BESIDE_STAGES
+    defines = {"HIDDEN": size.hidden, "INNER": size.inner, "WIDEST": chosen.widest,
+               "COARSE": chosen.coarse, "STAGES": depth, "BLOCKS": chosen.blocks, "SHARED": bytes_,
+               "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit")}
+    used = {name: shared[name] for name in ("x_tiles", "groups", "extent", "h_tiles", "y")}
+    counters = TensorSpec((2 + shared["groups"].shape[0],), "i32")
+    activations = 2 * size.pairs * (2 * size.hidden + 2 * size.inner)
+    return cuda_launch(
+        "moe_grouped.cu", "moe_grouped", defines,
+        ("x_tiles", "groups", "extent", "up", "up_bias", "down", "down_bias", "h_tiles", "y", "scratch0"),
+        grid=chosen.blocks * target.processors, threads=512, shared=bytes_, carveout=100, common=used, scratch=(counters,),
+        zeroed=(0,), moved=activations + size.weight_bytes(operands, "up") + size.weight_bytes(operands, "down"),
+        flops=6 * size.pairs * size.inner * size.hidden, late_trigger=True, promises=("HGMMA",))
+
+
+def combine_launch(operands: Mapping[str, Operand], size: Sizes, shared: Mapping[str, TensorSpec]) -> Launch:
+    x, used = tensor(operands, "x"), {name: shared[name] for name in ("place", "y")}
+    defines = {"SORT": 0, "TOKENS": size.tokens, "TOP_K": size.top_k, "HIDDEN": size.hidden, "THREADS": COMBINE_THREADS}
+    return cuda_launch("moe_route.cu", "moe_combine", defines, ("x", "probs", "place", "y", "out0"),
+                       grid=cdiv(size.tokens * size.hidden // 8, COMBINE_THREADS), threads=COMBINE_THREADS, common=used,
+                       moved=2 * x.bytes + 2 * size.pairs * size.hidden, flops=2 * size.pairs * size.hidden,
+                       preloads=("x", "probs", "place"))
+
+
+def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    size = Sizes.of(operands)
+    chosen = variant(size)
+    shared = buffers(size, chosen)
+    return (sort_launch(size, chosen, shared),
+            tile_launch(target, operands, shared, "x_tiles", rows="rows", norm_weight="norm_weight",
+                        eps=number(operands, "eps")),
+            experts_launch(target, operands, size, chosen, shared),
+            combine_launch(operands, size, shared))
+
+
+SPECS = (KernelSpec("sm90_moe_grouped", "moe_grouped", supports, launches,
+                    {"up": "mxfp4_gate_up", "down": "mxfp4_down"}),)
