@@ -6,9 +6,9 @@
     calls   = call { <|end|><|start|>assistant call } <|call|>
     call    = <|channel|>commentary to=functions.NAME <|constrain|>json<|message|> JSON by the function's parameters
 
-The header of a call may also name the recipient before the channel, and the channel may be analysis. A turn that must call
-has no answer, and neither that nor one whose answer is JSON has a preamble (its text would stand before the JSON). Without
-parallel calls there is one call.
+A tool whose input is free text may have a grammar for it. The header of a call may also name the recipient before the
+channel, and the channel may be analysis. A turn that must call has no answer, and neither that nor one whose answer is JSON
+has a preamble (its text would stand before the JSON). Without parallel calls there is one call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,15 @@ from gptoss_compile.runtime.executor import Floats
 
 ANY_OBJECT: Schema = {"type": "object"}
 _NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
-_LIMITS = LLParserLimits(max_grammar_size=50_000, max_items_in_row=10_000, max_lexer_states=50_000, verbose_errors=False)
+_LIMITS = LLParserLimits(
+    max_grammar_size=50_000,
+    max_items_in_row=10_000,
+    max_lexer_states=50_000,
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=100_000,
+    step_max_items=20_000,
+    verbose_errors=False,
+)
 _OPTIONAL = "functions."  # in recipients, which the model at times leaves out
 _SPACING = {"whitespace_flexible": False, "key_separator": ": ?", "item_separator": ", ?"}  # more could go on for ever
 _ENDOFTEXT = 199999  # llguidance's end; a turn ends before it, with <|return|> or <|call|>
@@ -42,10 +50,11 @@ _ENDOFTEXT = 199999  # llguidance's end; a turn ends before it, with <|return|> 
 
 @dataclass(frozen=True)
 class Callee:
-    """Whom a turn may call. parameters: the schema of its JSON arguments; TEXT if they are not JSON.
+    """Whom a turn may call. parameters: the schema of its JSON arguments. text: it takes any text instead of JSON, or, with
+    a grammar (in Lark), such text.
 
-    path: the field of the request that holds the schema. strict: refuse what the grammar cannot enforce, instead of
-    leaving it out.
+    path: the field of the request that holds the schema or grammar. strict: refuse what the grammar cannot enforce, instead
+    of leaving it out.
     """
 
     recipient: str
@@ -53,6 +62,7 @@ class Callee:
     path: str = "tools"
     strict: bool = False
     text: bool = False
+    grammar: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,13 +104,13 @@ class Grammars:
         matcher = LLMatcher(llguidance_tokenizer(self._tokenizer), source.text, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise source.refusal(matcher.get_error())
-        for header, schema in source.headers.items():
+        for header, place in source.headers.items():
             probe = matcher.deep_copy()
             start = [*self._tokenizer.encode(header[0]), CHANNEL, *self._tokenizer.encode(header[1]), MESSAGE]
             probe.try_consume_tokens(start)
-            probe.compute_bitmask()
-            if probe.is_error():
-                raise refused(schema.path, "no value can satisfy it, or it is too complex")
+            mask = probe.compute_bitmask()
+            if probe.is_error() or not any(mask):
+                raise place.refused("nothing can satisfy it, or it is too complex")
         return matcher
 
 
@@ -141,9 +151,9 @@ class TurnGrammar:
             for token in new:
                 self._matcher.consume_token(token)
             bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-            if not self._matcher.is_error():
+            if not self._matcher.is_error() and bits.any():
                 return np.unpackbits(~bits, count=VOCABULARY, bitorder="little").view(np.bool_)
-            self.error = _reason(self._matcher.get_error())
+            self.error = _reason(self._matcher.get_error()) or "nothing can follow"
         except BaseException as failure:  # a panic in Rust is no Exception
             self.error = type(failure).__name__
         forbidden_V[RETURN] = False
@@ -152,23 +162,27 @@ class TurnGrammar:
 
 @dataclass(frozen=True)
 class _Place:
-    """A schema of the grammar, and where it came from."""
+    """A schema or a custom tool's grammar in llguidance's own form, and the field of the request that it came from."""
 
     path: str
-    schema: Schema
+    source: str
+    schema: Schema | None = None
+
+    def refused(self, reason: str) -> ApiError:
+        return refused(self.path, reason, "invalid_grammar" if self.schema is None else "invalid_json_schema")
 
 
 @dataclass
 class _Source:
-    """The grammar in llguidance's dialect of Lark. headers: how the messages with a schema begin, for a trial."""
+    """The grammar in llguidance's dialect of Lark. headers: how messages with a schema or a grammar begin, for a trial."""
 
     rules: TurnRules
     headers: dict[tuple[str, str], _Place] = field(default_factory=dict)
+    _budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
         """Raises ApiError for schemas that are refused at sight."""
         rules = self.rules
-        budget = Budget()
         opening = "analysis" if rules.must_call or rules.answer is not None else "(analysis | commentary)"
         lines = [
             "start: opening* (" + ("calls" if rules.must_call else "answer | calls" if rules.callees else "answer") + ")",
@@ -180,59 +194,72 @@ class _Source:
         ]
         if not rules.must_call:
             lines.append(f'answer: {_t(CHANNEL)} "final" content_type? {_t(MESSAGE)} answer_body {_t(RETURN)}')
-            lines.append("answer_body: " + self._body(rules.answer, rules.answer_path, True, ("", "final"), budget))
+            lines.append("answer_body: " + self._body(rules.answer, rules.answer_path, True, ("", "final")))
         if rules.callees:
             more = f"({_NEXT} call)*" if rules.parallel else ""
             lines.append(f"calls: call {more} {_t(CALL)}")
             lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(rules.callees))))
+        grammars = []
         for i, callee in enumerate(rules.callees):
             name = callee.recipient.removeprefix(_OPTIONAL)
             to = '" to="' + (f' "{_OPTIONAL}"?' if name != callee.recipient else "") + f' "{name}"'
             channel = f"{_t(CHANNEL)} (commentary | analysis)"
             lines.append(f"call_{i}: ({to} {channel} | {channel} {to}) content_type? {_t(MESSAGE)} body_{i}")
             header = (f" to={callee.recipient}", "commentary")
-            parameters = None if callee.text else _arguments(callee.parameters)
-            lines.append(f"body_{i}: " + self._body(parameters, callee.path, callee.strict, header, budget))
-        self.text = "\n".join(lines)
+            if callee.grammar is not None:
+                self.headers[header] = _Place(callee.path, callee.grammar)
+                grammars.append({"name": f"text_{i}", "lark_grammar": callee.grammar})
+                lines.append(f"body_{i}: @text_{i}")
+            else:
+                parameters = None if callee.text else _arguments(callee.parameters)
+                lines.append(f"body_{i}: " + self._body(parameters, callee.path, callee.strict, header))
+        self.text = json.dumps({"grammars": [{"lark_grammar": "\n".join(lines)}, *grammars]})
 
-    def _body(self, schema: Schema | None, path: str, strict: bool, header: tuple[str, str], budget: Budget) -> str:
+    def _body(self, schema: Schema | None, path: str, strict: bool, header: tuple[str, str]) -> str:
         if schema is None:
             return "TEXT"
         try:
-            schema = enforceable(schema, path, budget)
+            schema = enforceable(schema, path, self._budget)
         except SchemaError as error:
-            raise refused(error.path, str(error).removeprefix(f"{error.path}: ")) from None
+            raise refused(error.path, error.reason) from None
         options = _SPACING | ({} if strict else {"lenient": True, "coerce_one_of": True})
         schema = {**schema, "x-guidance": options}
-        self.headers[header] = _Place(path, schema)
-        return f"%json {json.dumps(schema)}"
+        body = f"%json {json.dumps(schema)}"
+        self.headers[header] = _Place(path, f"start: {body}", schema)
+        return body
 
     def refusal(self, message: str) -> ApiError:
-        """What to answer when llguidance refuses the whole: the part of a schema that it refuses by itself, too."""
-
-        def fails(schema: Schema) -> bool:
-            error = _compile_error(schema | {"x-guidance": place.schema["x-guidance"]})
-            return error is not None and "does not exist" not in error  # a pointer to what was cut off
-
+        """What to answer when llguidance refuses the whole: the part that it refuses by itself, too."""
         for place in self.headers.values():
-            if error := _compile_error(place.schema):
-                return refused(locate(place.schema, place.path, fails), _reason(error))
+            if error := _compile_error(place.source):
+                path = _part(place.schema, place.path) if place.schema else place.path
+                return replace(place, path=path).refused(_reason(error))
         return refused("tools" if self.rules.callees else self.rules.answer_path, _reason(message))
 
 
-def _compile_error(schema: Schema) -> str | None:
-    return LLMatcher.validate_grammar(f"start: %json {json.dumps(schema)}", limits=_LIMITS) or None
+def _part(schema: Schema, path: str) -> str:
+    """The path of the smallest part of a schema that llguidance refuses."""
+
+    def fails(part: Schema) -> bool:
+        error = _compile_error(f"start: %json {json.dumps(part | {'x-guidance': schema['x-guidance']})}")
+        return error is not None and "does not exist" not in error  # a pointer to what was cut off
+
+    return locate(schema, path, fails)
 
 
-def refused(path: str, reason: str) -> ApiError:
-    return bad_request(f"{path} cannot be enforced: {reason}.", path, "invalid_json_schema")
+def _compile_error(source: str) -> str | None:
+    return LLMatcher.validate_grammar(source, limits=_LIMITS) or None
+
+
+def refused(path: str, reason: str, code: str = "invalid_json_schema") -> ApiError:
+    return bad_request(f"{path} cannot be enforced: {reason}.", path, code)
 
 
 def _reason(message: str) -> str:
     """The gist of llguidance's message: neither the grammar nor where in it."""
     message = re.sub(r"(\n +\d+ \| |<state>).*", "", message, flags=re.DOTALL).replace("<non-verbose/>", "")
     message = message.rpartition("failed to compile JSON schema: ")[2]
-    if message.startswith("regex parse error"):
+    if "regex parse error" in message:
         message = "the pattern cannot be used: " + message.rpartition("error: ")[2]
     return " ".join(message.split()).rstrip(".")[:200]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -19,6 +20,7 @@ SQUARES = 300_000  # sum of (properties of an object, or alternatives of a choic
 ENUM = 5_000  # values in all enums and constants, those inside of others counted as well
 MULTIPLES = 10_000  # sum of all multipleOf: each compiles to an automaton with that many states
 DIGITS = 5_000  # in all bounds: each digit of a range is a part of a pattern
+CHOICES = 500  # ways to choose among the alternatives that allOf brings together, all of which are written out
 MERGED = 8  # patterns, formats and lengths of one string, over allOf and $ref: compiling takes 2 to that power
 _PAIR = 30  # what two patternProperties cost to tell apart, in pairs of properties
 
@@ -39,7 +41,7 @@ class SchemaError(ValueError):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
-        self.path = path
+        self.path, self.reason = path, reason
 
 
 @dataclass
@@ -180,40 +182,59 @@ def _size(value: Any) -> int:
     return 1 + sum(map(_size, members))
 
 
+@dataclass(frozen=True)
+class _Merged:
+    """constraints: on a string or number. choices: ways to choose among alternatives."""
+
+    constraints: int = 0
+    choices: int = 1
+
+    def both(self, other: _Merged) -> _Merged:
+        constraints = min(self.constraints + other.constraints, MERGED + 1)
+        return _Merged(constraints, min(self.choices * other.choices, CHOICES + 1))
+
+    def either(self, other: _Merged) -> _Merged:
+        return _Merged(max(self.constraints, other.constraints), min(self.choices + other.choices, CHOICES + 1))
+
+
 class _Merge:
-    """Schemas that hold of one and the same value: how many constraints on a string they bring together.
+    """Schemas that hold of one and the same value: how many constraints and choices they bring together.
 
     Multiples count as more than half of what is allowed: two of them make an automaton of their product's size.
     """
 
     def __init__(self, root: Schema) -> None:
         self._root = root
-        self._known: dict[int, int | None] = {}  # None: being counted
+        self._known: dict[int, _Merged | None] = {}  # None: being counted
 
     def check(self, node: Schema, path: str) -> None:
-        if self._count(node, path) > MERGED:
+        found = self._count(node, path)
+        if found.constraints > MERGED:
             raise SchemaError(path, "allOf and $ref bring together too many patterns, lengths or multiples")
+        if found.choices > CHOICES and isinstance(node.get("allOf"), list):
+            raise SchemaError(path, f"allOf brings together alternatives that can be chosen in more than {CHOICES} ways")
 
-    def _count(self, node: Any, path: str) -> int:
+    def _count(self, node: Any, path: str) -> _Merged:
         if not isinstance(node, dict):
-            return 0
+            return _Merged()
         if id(node) not in self._known:
             self._known[id(node)] = None
             count = sum(key in node for key in ("pattern", "format", "minLength", "maxLength"))
-            count += (MERGED // 2 + 1) * ("multipleOf" in node)
-            for key, combine in (("allOf", sum), ("anyOf", max), ("oneOf", max)):
+            found = _Merged(count + (MERGED // 2 + 1) * ("multipleOf" in node))
+            for key, combine in (("allOf", _Merged.both), ("anyOf", _Merged.either), ("oneOf", _Merged.either)):
                 members = node.get(key)
                 if isinstance(members, list) and members:
-                    count += combine([self._count(member, f"{path}.{key}") for member in members])
-            self._known[id(node)] = count + self._reference(node.get("$ref"), path)
+                    counts = [self._count(member, f"{path}.{key}") for member in members]
+                    found = found.both(functools.reduce(combine, counts))
+            self._known[id(node)] = found.both(self._reference(node.get("$ref"), path))
         known = self._known[id(node)]
         if known is None:
             raise SchemaError(path, "the schema refers to itself with nothing in between")
-        return min(known, MERGED + 1)
+        return known
 
-    def _reference(self, reference: Any, path: str) -> int:
+    def _reference(self, reference: Any, path: str) -> _Merged:
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
-            return 0
+            return _Merged()
         target = resolve(self._root, reference)
         if target is None:
             raise SchemaError(f"{path}.$ref", f"{reference[:100]!r} leads nowhere")

@@ -28,7 +28,8 @@ from openai_harmony import Message as LibraryMessage
 
 from gptoss_compile.runtime.api.errors import bad_request
 from gptoss_compile.runtime.api.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, START
-from gptoss_compile.runtime.api.schema_text import tool_schema
+from gptoss_compile.runtime.api.json_schema import SchemaError
+from gptoss_compile.runtime.api.schema_text import Room, tool_schema
 from gptoss_compile.runtime.api.tokenizer import Tokenizer, TooLongError
 
 Effort = Literal["low", "medium", "high"]
@@ -174,15 +175,22 @@ def _system(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return ids
 
 
+def _described(tool: FunctionTool, room: Room) -> ToolDescription:
+    try:
+        return ToolDescription.new(tool.name, tool.description, tool_schema(tool.parameters, room))
+    except SchemaError as error:
+        message = f"The tools cannot be shown to the model: {error.reason}."
+        raise bad_request(message, error.path, "invalid_json_schema") from None
+
+
 def _developer_text(tokenizer: Tokenizer, instructions: str, tools: Sequence[FunctionTool]) -> str:
     """The body of a developer message. The library sees a stand-in for the instructions: it cannot encode long ones."""
     content = DeveloperContent.new()
     if instructions:
         content = content.with_instructions(_PLACE)
+    room = Room()
     if tools:
-        content = content.with_function_tools(
-            [ToolDescription.new(tool.name, tool.description, tool_schema(tool.parameters)) for tool in tools]
-        )
+        content = content.with_function_tools([_described(tool, room) for tool in tools])
     message = LibraryMessage(author=Author(role=Role.DEVELOPER), content=[content])
     try:
         ids = tokenizer.encoding.render(message)

@@ -158,7 +158,8 @@ def conversation(context: Context, body: PromptBody, parent: Record | None = Non
         if not parent.finished:
             raise bad_request("The previous response has not finished.", "previous_response_id")
         turns, callers, pages = list(parent.turns), parent.callers, parent.pages
-    given = InputReader(context.responses, context.seal, callers).read(body.input or [])
+    reader = InputReader(context.responses, context.seal, callers, client_tools(body))
+    given = reader.read(body.input or [])
     given.turns[:0] = turns
     instructions = [Turn("developer", body.instructions)] if body.instructions else []
     effort = EFFORTS[(body.reasoning.effort if body.reasoning else None) or "medium"]

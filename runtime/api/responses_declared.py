@@ -1,7 +1,8 @@
 """Tools that the client runs, as a response's request declares them, and how the model's calls of them are told.
 
-The model knows functions only. A `custom` tool, whose input is free text, is shown to it as a function of one string,
-and a function of a `namespace` under the name namespace.function.
+The model knows functions only. A `custom` tool, whose input is free text, is shown to it as a function of one string; with
+a grammar, which cannot hold inside of JSON, the whole message is the text. A function of a `namespace` is shown under the
+name namespace.function.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptoss_compile.runtime.api.render import FunctionTool
-from gptoss_compile.runtime.api.responses_schema import CustomDefinition, NamespaceDefinition, ResponseTool
+from gptoss_compile.runtime.api.responses_schema import CustomDefinition, CustomFormat, NamespaceDefinition, ResponseTool
 
 _INPUT: dict[str, Any] = {
     "type": "object",
@@ -28,12 +29,16 @@ CALLS = ("function_call", "custom_tool_call")
 
 @dataclass(frozen=True)
 class Declared:
-    """function: as the model sees the tool. name: as the client does, in its namespace if it has one."""
+    """function: as the model sees the tool. name: as the client does, in its namespace if it has one.
+
+    format: the grammar of a custom tool whose messages are not JSON.
+    """
 
     function: FunctionTool
     name: str
     namespace: str | None = None
     custom: bool = False
+    format: CustomFormat | None = None
 
     def item(self, call_id: str) -> dict[str, Any]:
         """A call of it, as the output item whose text is still to come."""
@@ -57,8 +62,10 @@ def declared(tool: ResponseTool) -> Iterator[Declared]:
             for each in declared(member):
                 yield _inside(each, definition)
     elif isinstance(definition, CustomDefinition):
-        function = FunctionTool(definition.name, _describe(definition), _INPUT)
-        yield Declared(function, definition.name, custom=True)
+        given = definition.format
+        format_ = given if given is not None and given.type == "grammar" else None
+        function = FunctionTool(definition.name, _describe(definition, format_), None if format_ else _INPUT)
+        yield Declared(function, definition.name, custom=True, format=format_)
     elif definition is not None:
         name, description = definition.name, definition.description or ""
         yield Declared(FunctionTool(name, description, definition.parameters, definition.strict), name)
@@ -71,12 +78,14 @@ def _inside(tool: Declared, namespace: NamespaceDefinition) -> Declared:
     return replace(tool, function=function, namespace=namespace.name)
 
 
-def _describe(tool: CustomDefinition) -> str:
-    """With the grammar that its input should follow, which is shown but not enforced."""
+def _describe(tool: CustomDefinition, format_: CustomFormat | None) -> str:
     text = tool.description or ""
-    if tool.format is not None and tool.format.definition:
-        text += f" The input follows this {tool.format.syntax} grammar: {tool.format.definition}"
-    return text
+    if format_ is not None:
+        text += (
+            f"\nThe message to this function is its input itself, not JSON. It follows this {format_.syntax} grammar:\n"
+            f"{format_.definition}"
+        )
+    return text.strip()
 
 
 def qualified(name: str, namespace: str | None) -> str:

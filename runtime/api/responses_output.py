@@ -166,6 +166,11 @@ class Output:
             "phase": "commentary" if message.channel == "commentary" else "final_answer",
         }
 
+    def _in_json(self, message: Message) -> bool:
+        """Whether a call of a custom tool holds its input as JSON."""
+        name = called_tool(message, self._options.tools)
+        return name is not None and self._options.tools[name].format is None
+
     def _part(self, text: str) -> dict[str, Any]:
         if self.items[-1]["type"] == "reasoning":
             return {"type": "reasoning_text", "text": text}
@@ -179,8 +184,9 @@ class Output:
         if kind == "function_call":
             if event.text:
                 yield "response.function_call_arguments.delta", self._where(delta=event.text)
-        elif kind == "custom_tool_call":
-            return  # its input is known once its JSON is complete
+        elif kind == "custom_tool_call":  # in JSON the input is known once that is complete
+            if event.text and not self._in_json(event.message):
+                yield "response.custom_tool_call_input.delta", self._where(delta=event.text)
         elif kind == "reasoning":
             self.reasoning_tokens += event.from_token
             if event.text:
@@ -200,8 +206,10 @@ class Output:
             item["arguments"] = text
             yield "response.function_call_arguments.done", self._where(arguments=text, name=item["name"])
         elif item["type"] == "custom_tool_call":
-            item["input"] = as_input(text)
-            yield "response.custom_tool_call_input.delta", self._where(delta=item["input"])
+            item["input"] = text
+            if self._in_json(message):
+                item["input"] = as_input(text)
+                yield "response.custom_tool_call_input.delta", self._where(delta=item["input"])
             yield "response.custom_tool_call_input.done", self._where(input=item["input"])
         else:
             yield from self._close_text(item, text)

@@ -40,10 +40,15 @@ class Input:
 
 
 class InputReader:
-    """Reads `input`, on top of an earlier response's callers. Raises ApiError, which names the item."""
+    """Reads `input`, on top of an earlier response's callers. Raises ApiError, which names the item.
 
-    def __init__(self, store: ResponseStore, seal: Seal, callers: Mapping[str, str]) -> None:
-        self._store, self._seal = store, seal
+    tools: the client's, by the names that the model knows.
+    """
+
+    def __init__(
+        self, store: ResponseStore, seal: Seal, callers: Mapping[str, str], tools: Mapping[str, Declared]
+    ) -> None:
+        self._store, self._seal, self._tools = store, seal, tools
         self._callers = dict(callers)
 
     def read(self, given: str | Sequence[dict[str, Any]]) -> Input:
@@ -106,8 +111,10 @@ class InputReader:
         if not item.call_id or not item.name:
             raise bad_request(f"{where}: a {item.kind} needs call_id and name.", where)
         name = self._callers[item.call_id] = qualified(item.name, item.namespace)
-        custom = item.kind == "custom_tool_call"
-        arguments = as_arguments(item.input or "") if custom else item.arguments or "{}"
+        arguments = item.arguments or "{}"
+        if item.kind == "custom_tool_call":
+            in_json = name not in self._tools or self._tools[name].format is None
+            arguments = as_arguments(item.input or "") if in_json else item.input or ""
         return Turn("assistant", arguments, recipient=NAMESPACE + name)
 
     def _compaction(self, item: InputItem, where: str) -> Turn:

@@ -72,6 +72,12 @@ class CustomFormat(Body):
     syntax: Literal["lark", "regex"] | None = None
     definition: str | None = None
 
+    @model_validator(mode="after")
+    def _complete(self) -> CustomFormat:
+        if self.type == "grammar" and (self.syntax is None or self.definition is None):
+            raise ValueError("a format of type 'grammar' needs syntax and definition")
+        return self
+
 
 class CustomDefinition(Body):
     """A tool of the client's that takes free text."""

@@ -11,17 +11,30 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from gptoss_compile.runtime.api.json_schema import Schema, resolve
+from gptoss_compile.runtime.api.json_schema import Schema, SchemaError, resolve
 
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object", type(None): "null"}
 _ENUM_SHOWN = 100  # values
+SHOWN = 2000  # parts of the schemas of all tools together
 
 
-def tool_schema(parameters: Schema | None) -> Schema | None:
-    """The parameters of a function as the library can show them, bounded in size; None if there are none."""
+class Room:
+    """How much may still be shown in one prompt. With everything in its place a few $refs can stand for any number."""
+
+    def __init__(self) -> None:
+        self._left = SHOWN
+
+    def take(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise SchemaError("tools", f"with every $ref in its place the schemas come to more than {SHOWN} parts")
+
+
+def tool_schema(parameters: Schema | None, room: Room) -> Schema | None:
+    """The parameters of a function as the library can show them; None if there are none. Raises SchemaError."""
     if not parameters:
         return None
-    shown = _Rewriter(parameters).rewrite(parameters, 0)
+    shown = _Rewriter(parameters, room).rewrite(parameters, 0, frozenset())
     return shown if shown.get("properties") or shown.get("oneOf") else None
 
 
@@ -32,49 +45,51 @@ def format_text(name: str, description: str | None, schema: Schema) -> str:
 
 
 class _Rewriter:
+    """What contains itself is shown once, and as any inside of that; so is what is deeper than DEPTH.
+
+    inside: the references that led here.
+    """
+
     DEPTH = 40
-    NODES = 5000
 
-    def __init__(self, root: Schema) -> None:
-        self._root = root
-        self._nodes = 0
+    def __init__(self, root: Schema, room: Room) -> None:
+        self._root, self._room = root, room
 
-    def rewrite(self, node: Any, depth: int) -> Schema:
-        """Beyond DEPTH or NODES (recursion, bombs) everything is shown as any."""
-        self._nodes += 1
-        if not isinstance(node, dict) or depth > self.DEPTH or self._nodes > self.NODES:
+    def rewrite(self, node: Any, depth: int, inside: frozenset[str]) -> Schema:
+        self._room.take()
+        if not isinstance(node, dict) or depth > self.DEPTH:
             return {}
-        node = self._merged(node, depth)
+        node, inside = self._merged(node, depth, inside)
         values = node["enum"] if isinstance(node.get("enum"), list) else [node["const"]] if "const" in node else None
         if values is not None:
             return _of_values(node, values)
         if isinstance(alternatives := node.get("anyOf") or node.get("oneOf"), list):
-            return self._choice(node, alternatives, depth)
+            return self._choice(node, alternatives, depth, inside)
         shown = _described(node, "type", "title", "default", "examples", "nullable")
         if isinstance(properties := node.get("properties"), dict):
-            shown["properties"] = {name: self.rewrite(child, depth + 1) for name, child in properties.items()}
+            shown["properties"] = {name: self.rewrite(child, depth + 1, inside) for name, child in properties.items()}
             shown |= {"type": shown.get("type", "object"), "required": _strings(node.get("required"))}
         if "items" in node:
-            shown |= {"type": shown.get("type", "array"), "items": self.rewrite(node["items"], depth + 1)}
+            shown |= {"type": shown.get("type", "array"), "items": self.rewrite(node["items"], depth + 1, inside)}
         return _without_null(shown)
 
-    def _merged(self, node: Schema, depth: int) -> Schema:
+    def _merged(self, node: Schema, depth: int, inside: frozenset[str]) -> tuple[Schema, frozenset[str]]:
         """The node with what $ref and allOf add to it; of two statements on the same thing the node's own counts."""
         parts = [node]
-        if isinstance(reference := node.get("$ref"), str) and reference.startswith("#"):
+        if isinstance(reference := node.get("$ref"), str) and reference.startswith("#") and reference not in inside:
+            inside |= {reference}
             parts.append(resolve(self._root, reference) if reference != "#" else self._root)
         parts += node["allOf"] if isinstance(node.get("allOf"), list) else []
-        if len(parts) == 1:
-            return node
         own = {key: value for key, value in node.items() if key not in ("$ref", "allOf")}
         for part in parts[1:]:
-            self._nodes += 1
-            if isinstance(part, dict) and depth < self.DEPTH and self._nodes < self.NODES:
-                own = _union(own, self._merged(part, depth + 8))
-        return own
+            self._room.take()
+            if isinstance(part, dict) and depth < self.DEPTH:
+                more, inside = self._merged(part, depth + 1, inside)
+                own = _union(own, more)
+        return own, inside
 
-    def _choice(self, node: Schema, alternatives: Sequence[Any], depth: int) -> Schema:
-        shown = [self.rewrite(each, depth + 1) for each in alternatives if each != {"type": "null"}]
+    def _choice(self, node: Schema, alternatives: Sequence[Any], depth: int, inside: frozenset[str]) -> Schema:
+        shown = [self.rewrite(each, depth + 1, inside) for each in alternatives if each != {"type": "null"}]
         if len(shown) < len(alternatives):
             shown = [{**each, "nullable": True} for each in shown]
         described = _described(node, "title", "default", "examples")

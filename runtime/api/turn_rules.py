@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from gptoss_compile.runtime.api.custom_grammar import GrammarError, as_lark
 from gptoss_compile.runtime.api.errors import bad_request
-from gptoss_compile.runtime.api.grammar import Callee, TurnRules
+from gptoss_compile.runtime.api.grammar import Callee, TurnRules, refused
 from gptoss_compile.runtime.api.json_schema import Schema
 from gptoss_compile.runtime.api.render import FunctionTool
-from gptoss_compile.runtime.api.responses_declared import declared
+from gptoss_compile.runtime.api.responses_declared import Declared, declared
 from gptoss_compile.runtime.api.responses_prompt import forced_recipients
 from gptoss_compile.runtime.api.responses_schema import ResponseBody
 from gptoss_compile.runtime.api.schema_text import format_text
@@ -71,21 +72,33 @@ def response_rules(
     body: ResponseBody, tools: Sequence[FunctionTool], box: Toolbox, answer: AnswerFormat | None
 ) -> TurnRules | None:
     """None where any turn will do: the server's own tools tell the model of its mistakes."""
-    paths = {
-        each.function.name: f"tools[{number}].parameters"
+    declarations = {
+        each.function.name: (each, f"tools[{number}]")
         for number, tool in enumerate(body.tools or ())
         for each in declared(tool)
     }
-    callees = [_function(tool, paths[tool.name]) for tool in tools]
+    callees = [_declared(*declarations[tool.name]) for tool in tools]
     for namespace in box.namespaces():
         known = namespace.name == "browser"  # MCP servers check their arguments themselves
         for tool in namespace.tools:
             callees.append(Callee(f"{namespace.name}.{tool.name}", tool.parameters if known else {"type": "object"}))
         callees += [] if namespace.tools else [Callee(namespace.name, text=True)]
     forced = forced_recipients(body, [callee.recipient for callee in callees])
-    if not (paths or answer or forced):
+    if not (declarations or answer or forced):
         return None
     return _rules(callees, forced, False, body.parallel_tool_calls, answer)
+
+
+def _declared(tool: Declared, path: str) -> Callee:
+    if tool.format is None:
+        return _function(tool.function, f"{path}.parameters")
+    path = f"{path}.format.definition"
+    assert tool.format.syntax and tool.format.definition is not None
+    try:
+        lark = as_lark(tool.format.syntax, tool.format.definition)
+    except GrammarError as error:
+        raise refused(path, str(error), "invalid_grammar") from None
+    return Callee(NAMESPACE + tool.function.name, path=path, text=True, grammar=lark)
 
 
 def _function(tool: FunctionTool, path: str) -> Callee:

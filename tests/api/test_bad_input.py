@@ -13,6 +13,7 @@ from conftest import Running
 from scripted import Script
 
 from gptoss_compile.runtime.api import protocol
+from gptoss_compile.runtime.api.schema_text import SHOWN, Room
 
 CHAT = "/v1/chat/completions"
 MESSAGES = '"messages": [{"role": "user", "content": "hi"}]'
@@ -49,8 +50,25 @@ def chat(fields: str) -> bytes:
     return post(f"{{{MESSAGES}, {fields}}}")
 
 
-BOMB = {"type": "object", "properties": {str(i): {"$ref": "#/$defs/a"} for i in range(300)}}
-BOMB["$defs"] = {"a": {"type": "object", "properties": {str(i): {"$ref": "#/$defs/a"} for i in range(300)}}}
+WIDE = {"type": "object", "properties": {str(i): {"$ref": "#/$defs/a"} for i in range(300)}}
+
+
+def doubling(key: str, levels: int) -> dict[str, Any]:
+    """A schema of `levels` definitions, each with two references to the next."""
+    chain = {f"l{i}": {key: [{"$ref": f"#/$defs/l{i + 1}"}] * 2} for i in range(levels)}
+    return {"type": "object", "properties": {"x": {"$ref": "#/$defs/l0"}}, "$defs": {**chain, f"l{levels}": {}}}
+
+
+BOMBS: dict[str, Any] = {
+    "references to references": {**WIDE, "$defs": {"a": {**WIDE, "properties": {str(i): {} for i in range(300)}}}},
+    "references to itself": {**WIDE, "$defs": {"a": WIDE}},
+    "doubling anyOf": doubling("anyOf", 40),
+    "doubling oneOf": doubling("oneOf", 40),
+    "doubling tuples": doubling("prefixItems", 40) | {"additionalProperties": {"allOf": [{"anyOf": [{}, {}]}] * 40}},
+    "choices in allOf": {"allOf": [{"anyOf": [{"properties": {f"p{i}": {"const": j}}} for j in "ab"]} for i in range(16)]},
+    "many properties": {"properties": {str(i): {} for i in range(3000)}},
+    "deep": {"properties": {"x": json.loads('{"items": ' * 120 + "{}" + "}" * 120)}},
+}
 CASES: dict[str, tuple[bytes, int, str | None]] = {
     "NaN": (chat('"temperature": NaN'), 400, None),
     "infinity": (chat('"temperature": Infinity'), 400, None),
@@ -101,14 +119,19 @@ def test_unknown_fields_are_ignored(running: Running, script: Script) -> None:
     assert answer.status_code == 200
 
 
-def test_schema_bombs(running: Running, script: Script) -> None:
-    """Shown to the model as far as is reasonable, or refused."""
+@pytest.mark.parametrize("name", BOMBS)
+def test_schema_bombs(running: Running, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Refused after a bounded number of steps, before anything of them is compiled into a grammar and shown."""
+    steps = []
+    take = Room.take
+    monkeypatch.setattr(Room, "take", lambda room: (steps.append(1), take(room)))  # type: ignore[func-returns-value]
     for strict in (False, True):
-        tool = {"type": "function", "function": {"name": "f", "parameters": BOMB, "strict": strict}}
-        script.add("<|channel|>final<|message|>x<|return|>")
+        steps.clear()
+        tool = {"type": "function", "function": {"name": "f", "parameters": BOMBS[name], "strict": strict}}
         body = {"messages": [{"role": "user", "content": "hi"}], "tools": [tool]}
         answer = httpx.post(running.url + CHAT, json=body, headers={"authorization": "Bearer key"}, timeout=60)
-        assert answer.status_code in (200, 400), answer.text[:300]
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_json_schema", answer.text[:300]
+        assert len(steps) <= SHOWN + 1
 
 
 def test_slow_heads_are_cut_off(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

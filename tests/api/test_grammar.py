@@ -18,7 +18,7 @@ from gptoss_compile.runtime.api import grammar
 from gptoss_compile.runtime.api.harmony import CHANNEL, MESSAGE, RETURN
 from gptoss_compile.runtime.api.responses_prompt import function_tools
 from gptoss_compile.runtime.api.responses_schema import ResponseBody
-from gptoss_compile.runtime.api.schema_text import tool_schema
+from gptoss_compile.runtime.api.schema_text import Room, tool_schema
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
 from gptoss_compile.runtime.api.turn_rules import response_rules
 
@@ -174,4 +174,7 @@ async def test_the_prompt_shows_what_the_library_cannot(
         '| "u" | "v"[]\n | boolean',
     ):
         assert line in prompt, prompt
-    assert tool_schema({"$ref": "#"}) is None and tool_schema({"properties": {"a": {"$ref": "#"}}}) is not None
+    assert tool_schema({"$ref": "#"}, Room()) is None
+    tree = {"properties": {"name": STRING, "left": {"$ref": "#"}, "right": {"$ref": "#"}}}
+    shown = tool_schema(tree, Room())
+    assert shown and shown["properties"]["left"]["properties"]["right"] == {} and len(json.dumps(shown)) < 600

@@ -11,7 +11,8 @@ from typing import Any
 
 from openai_harmony import ToolDescription, ToolNamespaceConfig
 
-from gptoss_compile.runtime.api.schema_text import tool_schema
+from gptoss_compile.runtime.api.json_schema import SchemaError
+from gptoss_compile.runtime.api.schema_text import Room, tool_schema
 from gptoss_compile.runtime.api.tool_server.browser import Browser, Page, RemoteBrowser, SearchBackend
 from gptoss_compile.runtime.api.tool_server.mcp_tools import McpServer, McpSessions
 from gptoss_compile.runtime.api.tool_server.sandbox import Sandbox
@@ -78,6 +79,14 @@ def _backend(search_corpus: str | None) -> SearchBackend | None:
             raise ValueError("web search needs the package httpx: pip install 'gptoss-compile[tools]'") from None
     logger.warning("the browser tool is off: set EXA_API_KEY, or give --search-corpus FOLDER")
     return None
+
+
+def _shown(schema: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of an MCP server's tool. The model gets to know the tool by its description if they are too much."""
+    try:
+        return tool_schema(schema, Room())
+    except SchemaError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,7 @@ class Toolbox:
             found.append(ToolNamespaceConfig.python().model_copy(update=about))
         for label in self._servers:
             tools = [
-                ToolDescription.new(each["name"], each["description"][:DESCRIPTION], tool_schema(each["input_schema"]))
+                ToolDescription.new(each["name"], each["description"][:DESCRIPTION], _shown(each["input_schema"]))
                 for each in self.listing(label)
             ]
             found.append(ToolNamespaceConfig(name=label, description=None, tools=tools))
