@@ -78,8 +78,10 @@ def _normalize(package: Path) -> None:
     with zipfile.ZipFile(package, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(members):
             data = members[name]
-            if name.endswith((".cpp", ".kernel_metadata.json")):
+            if name.endswith((".kernel.cpp", ".kernel_metadata.json")):
                 continue
+            if name.endswith(".cpp"):
+                data = b""  # PyTorch 2.11 finds the metadata by this name
             if name.endswith(".so"):
                 data = _stripped(data)
             if name.endswith("serialization_id"):
