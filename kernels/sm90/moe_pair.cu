@@ -158,6 +158,7 @@ moe_gate_up(const u16* x, const u16* norm_weight, const int* ids, const char* we
     if (tid < 8) store_shared_16(zero + tid * 16, make_uint4(0, 0, 0, 0));
     square = warp_sum(square);
     if (lane == 0) squares[tid / 32] = square;
+    __syncthreads();
 
     wait_for_previous();
     trigger_next();
@@ -166,7 +167,6 @@ moe_gate_up(const u16* x, const u16* norm_weight, const int* ids, const char* we
     Weights weights;
     weights.start({at}, first, lane);
     if (tid < 32) copy_4_async(shared_address(&biases[lane]), bias + ((long)expert * INNER + slab * 32 + lane) * 2);
-    __syncthreads();
     const u32 third = vector + part * BLOCKS * 128;
     multiply(weights, {third, third}, zero, lane, &partial[part][first]);
     __syncthreads();
@@ -192,63 +192,73 @@ moe_gate_up(const u16* x, const u16* norm_weight, const int* ids, const char* we
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 moe_down(const u16* h, const int* ids, const float* probs, const char* weight, const u16* bias, const u16* residual,
          u16* out) {
-    __shared__ float partial[PARTS][TOP_K][16], shares[TOP_K], offsets[16];
+    __shared__ float partial[PARTS][TOP_K][16], shares[TOP_K];
+    __shared__ __align__(16) u16 biases[TOP_K][16], residuals[16];
     const int tid = threadIdx.x, lane = tid % 32, part = tid / 32 % PARTS, first = tid / 32 / PARTS * UNITS;
     const int token = blockIdx.x / (ROWS / 16), unit = blockIdx.x % (ROWS / 16), slab = unit / 4;
     const u32 vectors = shared_address(shared), zero = vectors + TOP_K * K * 2;
 
     trigger_next();
+    int expert[UNITS];
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) expert[u] = load_4(ids + token * TOP_K + first + u);
     const char* at[UNITS];
     const long offset = ((slab / 3 * (K / 64) + part * BLOCKS) * 3 + slab % 3) * (long)SLAB;
 #pragma unroll
-    for (int u = 0; u < UNITS; ++u) at[u] = weight + (int)load_4(ids + token * TOP_K + first + u) * EXPERT + offset;
+    for (int u = 0; u < UNITS; ++u) at[u] = weight + expert[u] * EXPERT + offset;
     Weights weights;
     weights.start(at, unit % 4, lane);
-    if (tid < 16) {
-        float y = load_bf16(residual + blockIdx.x * 16 + tid);
+    // What the end needs comes asynchronously: a register that waits for it would wait for the weights before it, too.
+    if (part == 0 && lane < 2)
 #pragma unroll
-        for (int a = 0; a < TOP_K; ++a) {
-            const float share = __uint_as_float(load_4(probs + token * TOP_K + a));
-            y = fmaf(share, load_bf16(bias + (long)(int)load_4(ids + token * TOP_K + a) * HIDDEN + unit * 16 + tid), y);
-            if (tid == 0) shares[a] = share;
-        }
-        offsets[tid] = y;
-    }
-    if (tid < 8) store_shared_16(zero + tid * 16, make_uint4(0, 0, 0, 0));
-    __syncthreads();
+        for (int u = 0; u < UNITS; ++u)
+            copy_16_async(shared_address(&biases[first + u][lane * 8]),
+                          bias + (long)expert[u] * HIDDEN + unit * 16 + lane * 8);
+    if (tid < 2) copy_16_async(shared_address(&residuals[tid * 8]), residual + blockIdx.x * 16 + tid * 8);
+    if (tid < TOP_K) copy_4_async(shared_address(&shares[tid]), probs + token * TOP_K + tid);
+    if (lane < 8) store_shared_16(zero + lane * 16, make_uint4(0, 0, 0, 0));  // every warp, so that none waits for another
 
     wait_for_previous();
     // Each warp fetches what it needs of h itself, and no more: no barrier before the products.
-    constexpr int THIRD = BLOCKS * 8, CHUNKS = UNITS * THIRD, EACH = (CHUNKS + 31) / 32;
-    const auto place = [&](int chunk) { return (first + chunk / THIRD) * K * 2 + (part * THIRD + chunk % THIRD) * 16; };
-    const char* line = (const char*)(h + (long)token * TOP_K * K);
+    constexpr int CHUNKS = BLOCKS * 8, EACH = (CHUNKS + 31) / 32;  // of 16 bytes: a third of a vector
+    const int third = (first * K + part * BLOCKS * 64) * 2, own = third + lane * 16;
+    const char* line = (const char*)(h + (long)token * TOP_K * K) + own;
+    const auto mine = [&](int i) { return i * 32 + 31 < CHUNKS || i * 32 + lane < CHUNKS; };
 #pragma unroll
-    for (int i = 0; i < EACH; ++i)
-        if (const int chunk = lane + i * 32; chunk < CHUNKS) copy_16_async(vectors + place(chunk), line + place(chunk));
+    for (int u = 0; u < UNITS; ++u)
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (mine(i)) copy_16_async(vectors + own + u * K * 2 + i * 512, line + u * K * 2 + i * 512);
     wait_for_copies();
     constexpr u32 UP_BF16 = 0x5F805F80;  // 2^64, twice
 #pragma unroll
-    for (int i = 0; i < EACH; ++i)
-        if (const int chunk = lane + i * 32; chunk < CHUNKS) {
-            const uint4 v = load_shared_16(vectors + place(chunk));
-            store_shared_16(vectors + place(chunk), make_uint4(multiply_bf16(v.x, UP_BF16), multiply_bf16(v.y, UP_BF16),
-                                                               multiply_bf16(v.z, UP_BF16), multiply_bf16(v.w, UP_BF16)));
-        }
-    __syncwarp();
-    u32 third[UNITS];
+    for (int u = 0; u < UNITS; ++u) {
+        uint4 v[EACH];
 #pragma unroll
-    for (int u = 0; u < UNITS; ++u) third[u] = vectors + place(u * THIRD);
-    multiply(weights, third, zero, lane, &partial[part][first]);
+        for (int i = 0; i < EACH; ++i)
+            if (mine(i)) v[i] = load_shared_16(vectors + own + u * K * 2 + i * 512);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            if (mine(i))
+                store_shared_16(vectors + own + u * K * 2 + i * 512,
+                                make_uint4(multiply_bf16(v[i].x, UP_BF16), multiply_bf16(v[i].y, UP_BF16),
+                                           multiply_bf16(v[i].z, UP_BF16), multiply_bf16(v[i].w, UP_BF16)));
+    }
+    __syncwarp();
+    u32 thirds[UNITS];
+#pragma unroll
+    for (int u = 0; u < UNITS; ++u) thirds[u] = vectors + third + u * K * 2;
+    multiply(weights, thirds, zero, lane, &partial[part][first]);
     __syncthreads();
     if (tid < 16) {  // of four neighbouring features the first two are rows 2i and 2i + 1 of the unit, the others these + 8
         const int row = tid / 4 * 2 + tid % 2 + (tid / 2 % 2) * 8;
-        float y = offsets[tid];
+        float y = low_bf16(residuals[tid]);
 #pragma unroll
         for (int a = 0; a < TOP_K; ++a) {
             float sum = 0;
 #pragma unroll
             for (int p = 0; p < PARTS; ++p) sum += partial[p][a][row];
-            y = fmaf(shares[a] * DOWNSCALE, sum, y);
+            y = fmaf(shares[a], fmaf(sum, DOWNSCALE, low_bf16(biases[a][tid])), y);
         }
         out[blockIdx.x * 16 + tid] = to_bf16(y);
     }
