@@ -5,8 +5,8 @@
 Steps follow one another on the device (`advance` takes the likeliest token), so nothing waits for the host. Caches hold
 random values, sequences differ, and the experts that are counted are those that were chosen. Three yardsticks, of kernels
 that only read (see read_kernel.py): `chain`, one for each kernel of the step, experts read behind the router; `early`, the
-same but nothing waits; `bytes`, one kernel for all. `share`: what each operator costs, by running it twice (first with
-another layer's weights). Tables, then one JSON line. Needs neither PyTorch nor Triton.
+same but nothing waits; `bytes`, one kernel for all. Tables, then one JSON line. Needs neither PyTorch nor
+Triton.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from gpu import (
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
-from gptoss_compile.launch_plan import Operand, Step
 from gptoss_compile.runtime.cuda_driver import CudaError
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
 from gptoss_compile.runtime.generate import Generator
@@ -74,7 +72,7 @@ def measure(path: Path, batches: Sequence[int], contexts: Sequence[int], read: P
     executor = CudaExecutor.load(artifact, num_pages=None, max_num_seqs=max(batches))
     load = time.perf_counter() - start
     result: dict[str, Any] = {"artifact": path.name, "gpu": executor.device_name, "load_s": round(load, 2), "rows": [],
-                              "left_out": [], "shares": []}
+                              "left_out": []}
     try:
         print(f"\n{path.name} on {executor.device_name}: loaded in {load:.1f} s, {executor.num_pages - 1} KV pages")
         fill_caches(executor, Generator(artifact, executor.device))
@@ -94,10 +92,6 @@ def measure(path: Path, batches: Sequence[int], contexts: Sequence[int], read: P
                 show_row(row)
         for batch, context in result["left_out"]:
             print(f"  {batch:5} {context:7} left out: the KV pages do not suffice")
-        for bucket in (b for b in artifact.buckets if b.kind == "decode" and b.tokens in batches):
-            if fits(executor, bucket.tokens, min(contexts), STEPS):
-                result["shares"].append(shares(executor, bucket, min(contexts)))
-                show_shares(result["shares"][-1])
     except CudaError as error:
         print(f"decode: error: {path}: {error}", file=sys.stderr)
         result["error"] = str(error)
@@ -149,58 +143,6 @@ def show_row(row: dict[str, Any]) -> None:
     print(f"  {row['batch']:5} {row['context']:7} {row['ms']:8.3f} {row['tok_s']:8.0f} {row['bytes'] / 1e9:7.2f}"
           f" {row['tb_s']:5.2f}  {row['experts']:5.1f}/{row['experts_expected']:5.1f}  {yardsticks}"
           f"  {row['host_us']['outside']:7.1f}", flush=True)
-
-
-def shares(executor: CudaExecutor, bucket: Bucket, context: int) -> dict[str, Any]:
-    """What each operator's kernels cost in the step: the step with them twice, less the step. Microseconds a kernel."""
-    inputs = decode_inputs(executor, bucket, context, STEPS)
-    config, steps = executor.config, executor.plans[bucket].steps
-    experts = touched_experts(config.num_experts, bucket.tokens * config.experts_per_token)
-
-    def timed(op: str | None) -> float:
-        prepared = []
-        for step in steps:
-            if step.op == op:
-                prepared += executor.prepare(bucket, [other_weights(step, config.num_layers)])
-            prepared += executor.prepare(bucket, [step])
-        graph = executor.capture(f"{bucket} with {op} twice", prepared)
-        once = time_replays(executor, graph.replay, 2, 1).ms
-        ms = time_replays(executor, graph.replay, replays_for(once, STEPS, 0.06), 3).ms
-        graph.close()
-        return ms
-
-    executor.device.use()
-    executor.upload(bucket, inputs)
-    whole = timed(None)
-    found = []
-    for op in dict.fromkeys(step.op for step in steps):
-        count = sum(step.op == op for step in steps)
-        us = (timed(op) - whole) * 1e3
-        moved = sum(step_bytes(config, step, context, experts) for step in steps if step.op == op)
-        found.append({"op": op, "count": count, "us": round(us / count, 2), "share": round(us / whole / 1e3, 4),
-                      "tb_s": round(moved / us / 1e6, 2) if us > 0 else None})
-    return {"batch": bucket.tokens, "context": context, "ms": round(whole, 4), "ops": found}
-
-
-def other_weights(step: Step, layers: int) -> Step:
-    """The step with the weights of the layer half the model away, which no cache holds."""
-
-    def other(value: Any) -> Any:
-        if not (isinstance(value, Operand) and value.place == "weight" and str(value.key).startswith("layers.")):
-            return value
-        _, layer, name = str(value.key).split(".", 2)
-        return replace(value, key=f"layers.{(int(layer) + layers // 2) % layers}.{name}")
-
-    return replace(step, operands={name: other(value) for name, value in step.operands.items()})
-
-
-def show_shares(found: dict[str, Any]) -> None:
-    print(f"\n  batch {found['batch']}, context {found['context']}: {found['ms']:.3f} ms without `advance`")
-    print(f"  {'operator':24} {'kernels':>7} {'us each':>8} {'share':>6} {'TB/s':>5}")
-    for op in sorted(found["ops"], key=lambda op: -op["share"]):
-        speed = "    -" if op["tb_s"] is None else f"{op['tb_s']:5.2f}"
-        print(f"  {op['op']:24} {op['count']:7} {op['us']:8.2f} {op['share']:6.1%} {speed}")
-    print(f"  {'sum':24} {'':7} {'':8} {sum(op['share'] for op in found['ops']):6.1%}", flush=True)
 
 
 if __name__ == "__main__":

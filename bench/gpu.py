@@ -110,6 +110,26 @@ def place_pages(executor: CudaExecutor, inputs: Inputs, sequence: int, context: 
     inputs["window_table"][sequence, entries % executor.window_ring] = 1 + sequence * window + entries % window
 
 
+def prompt_chunks(executor: CudaExecutor, length: int, buckets: Iterable[Bucket]) -> list[tuple[Bucket, Inputs]]:
+    """The steps of one prompt through extend buckets: the largest as long as it is filled, then the smallest that holds the
+    rest."""
+    buckets = sorted(buckets, key=lambda b: b.tokens)
+    tokens = np.random.default_rng(length).integers(0, executor.config.vocab_size, length)
+    steps, at = [], 0
+    while at < length:
+        bucket = next((b for b in buckets if b.tokens >= length - at), buckets[-1])
+        count = min(bucket.tokens, length - at)
+        inputs = {str(o.key): np.zeros(o.shape, np.int32) for o in executor.plans[bucket].inputs}
+        inputs["positions"][:] = -1
+        inputs["positions"][:count] = np.arange(at, at + count)
+        inputs["tokens"][:count] = tokens[at : at + count]
+        inputs["rows"][0] = count - 1
+        place_pages(executor, inputs, 0, at + count, buckets[-1].tokens)
+        steps.append((bucket, inputs))
+        at += count
+    return steps
+
+
 # Bytes --------------------------------------------------------------------------------------------------------------
 
 

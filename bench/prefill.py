@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from gpu import Inputs, fill_caches, place_pages
+from gpu import fill_caches, prompt_chunks
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
@@ -95,7 +94,7 @@ def measure(path: Path, lengths: Sequence[int], rest: float, ceiling: dict[str, 
 
 
 def one_row(executor: CudaExecutor, length: int, rest: float, ceiling: dict[str, float] | None) -> dict[str, Any]:
-    steps = chunks(executor, length)
+    steps = prompt_chunks(executor, length, [b for b in executor.buckets if b.kind == "extend"])
 
     def prompt() -> float:
         start = time.perf_counter()
@@ -118,25 +117,6 @@ def one_row(executor: CudaExecutor, length: int, rest: float, ceiling: dict[str,
         found[name] = {"ms": round(seconds * 1e3, 3), "tok_s": round(length / seconds), "tflop_s": round(speed, 1),
                        "of_matmul": round(speed / ceiling[name], 3) if ceiling else None}
     return found
-
-
-def chunks(executor: CudaExecutor, length: int) -> list[tuple[Bucket, Inputs]]:
-    """The steps of one prompt: the largest bucket as long as it is filled, then the smallest that holds the rest."""
-    buckets = sorted((b for b in executor.buckets if b.kind == "extend"), key=lambda b: b.tokens)
-    tokens = np.random.default_rng(length).integers(0, executor.config.vocab_size, length)
-    steps, at = [], 0
-    while at < length:
-        bucket = next((b for b in buckets if b.tokens >= length - at), buckets[-1])
-        count = min(bucket.tokens, length - at)
-        inputs = {str(o.key): np.zeros(o.shape, np.int32) for o in executor.plans[bucket].inputs}
-        inputs["positions"][:] = -1
-        inputs["positions"][:count] = np.arange(at, at + count)
-        inputs["tokens"][:count] = tokens[at : at + count]
-        inputs["rows"][0] = count - 1
-        place_pages(executor, inputs, 0, at + count, buckets[-1].tokens)
-        steps.append((bucket, inputs))
-        at += count
-    return steps
 
 
 def prompt_flops(executor: CudaExecutor, bucket: Bucket, length: int) -> float:

@@ -91,8 +91,18 @@ def test_decode(artifact: Artifact, driver: NullDriver, read: Path, monkeypatch:
     assert [(r["batch"], r["context"]) for r in result["rows"]] == [(1, 128), (1, 256), (3, 128), (3, 256)]
     assert result["left_out"] == [[1, 513], [3, 513]], "beyond the artifact's context"
     assert all(row["ratio"].keys() == {"chain", "early", "bytes"} for row in result["rows"])
-    ops = [op["op"] for op in result["shares"][0]["ops"]]
-    assert {"embed", "norm_linear", "rope_kv_attention", "norm_route", "moe_gate_up", "moe_down", "norm_head"} <= set(ops)
+    assert not driver.blocks, "everything was given back"
+
+
+def test_kernels(artifact: Artifact, driver: NullDriver, monkeypatch: pytest.MonkeyPatch,
+                 capsys: pytest.CaptureFixture[str]) -> None:
+    module = bench("kernels", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", str(artifact.path), "--context=128", "--buckets=decode-1,extend-64x2"])
+    assert module.main() == 0
+    (result,) = json.loads(capsys.readouterr().out.splitlines()[-1])["artifacts"]
+    decode, extend = ({op["op"] for op in bucket["ops"]} for bucket in result["buckets"])
+    assert {"embed", "norm_linear", "rope_kv_attention", "norm_route", "moe_gate_up", "moe_down", "norm_head"} <= decode
+    assert {"norm_linear", "attention", "moe_grouped"} <= extend
     assert not driver.blocks, "everything was given back"
 
 
@@ -119,8 +129,8 @@ def test_startup(artifact: Artifact, driver: NullDriver, monkeypatch: pytest.Mon
 
 def test_chunks_of_a_prompt_reach_every_key_they_need(executor: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that is given to a position stays that position's as long as a window may look at it."""
-    module, page = bench("prefill", monkeypatch), executor.page_size
-    steps = module.chunks(executor, 150)
+    module, page = bench("gpu", monkeypatch), executor.page_size
+    steps = module.prompt_chunks(executor, 150, [b for b in executor.buckets if b.kind == "extend"])
     assert [(b.tokens, int((i["positions"] >= 0).sum())) for b, i in steps] == [(64, 64), (64, 64), (24, 22)]
     owner: dict[int, int] = {}
     for _, inputs in steps:
