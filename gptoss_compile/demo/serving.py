@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def served(artifact: Path, *options: str) -> Iterator[str]:
-    """gptoss-serve on a free port, ready to answer: the URL of its API. Ended in the end."""
+    """gptoss-serve on a free port, ready to answer: the URL of its API. Ended in the end, with code 0 or a SystemExit."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -24,7 +24,9 @@ def served(artifact: Path, *options: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
-        server.wait()
+        code = server.wait()
+    if code:
+        raise SystemExit(f"the server ended with code {code}")
 
 
 def _wait(server: subprocess.Popen[bytes], port: int, seconds: float = 60) -> None:

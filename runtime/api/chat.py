@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gptoss_compile.runtime.api.chat_prompt import chat_prompt
+from gptoss_compile.runtime.api.chat_prompt import calls_key, chat_prompt
 from gptoss_compile.runtime.api.choice import Choice
 from gptoss_compile.runtime.api.errors import ApiError, context_exceeded
 from gptoss_compile.runtime.api.generation import Answers, Context, Submission, Usage
@@ -50,7 +50,7 @@ class Chat:
     async def start(self) -> Answers:
         """Render the prompt and submit it n times. Raises ApiError."""
         body = self.body
-        prompt = chat_prompt(body, self.context.options, self.context.calls)
+        prompt = chat_prompt(body, self.context.options, self.context.memory)
         answer = chat_format(body)
         grammars = await self.context.turn_grammars(chat_rules(body, prompt.tools, answer), body.n or 1)
         if answer:
@@ -90,7 +90,7 @@ class Chat:
         if choice.finish_reason:
             answers.end(index)
         if choice.finish_reason == "tool_calls":
-            self.context.calls.remember(choice.calls, choice.turns)
+            self.context.memory.remember(calls_key(call.id for call in choice.calls), choice.turns)
         return deltas
 
     async def whole(self) -> dict[str, Any]:

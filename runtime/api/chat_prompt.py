@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from gptoss_compile.runtime.api.errors import bad_request
 from gptoss_compile.runtime.api.options import ServerOptions
 from gptoss_compile.runtime.api.render import EFFORTS, FunctionTool, Prompt, Turn
 from gptoss_compile.runtime.api.schemas import ChatBody, ChatMessage, text_of
-from gptoss_compile.runtime.api.tools import NAMESPACE, CallMemory
+from gptoss_compile.runtime.api.tools import NAMESPACE
+from gptoss_compile.runtime.api.turn_memory import TurnMemory, same
 
 
-def chat_prompt(body: ChatBody, options: ServerOptions, memory: CallMemory) -> Prompt:
+def chat_prompt(body: ChatBody, options: ServerOptions, memory: TurnMemory) -> Prompt:
     """Raises ApiError for messages that cannot follow each other. memory: what was written before recent calls."""
     tools = (
         ()
@@ -28,16 +29,19 @@ def chat_prompt(body: ChatBody, options: ServerOptions, memory: CallMemory) -> P
     return Prompt(turns, tools, EFFORTS[body.reasoning_effort or "medium"], options.system_date)
 
 
-def _turns(message: ChatMessage, callers: dict[str, str], number: int, memory: CallMemory) -> Iterator[Turn]:
+def _turns(message: ChatMessage, callers: dict[str, str], number: int, memory: TurnMemory) -> Iterator[Turn]:
     text = text_of(message.content)
     if message.role in ("system", "developer"):
         yield Turn("developer", text)
     elif message.role == "user":
         yield Turn("user", text)
     elif message.role == "assistant":
-        calls = [(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()]
-        callers.update({call_id: name for call_id, name, _ in calls})
-        yield from (memory.recall(calls) if calls else None) or _assistant(message, text)
+        calls = message.tool_calls or ()
+        callers.update({call.id: call.function.name for call in calls})
+        given = list(_assistant(message, text))
+        written = memory.recall(calls_key(call.id for call in calls)) if calls else None
+        known = written and same([turn for turn in written if turn.recipient], [turn for turn in given if turn.recipient])
+        yield from written if written and known else given
     else:
         name = callers.get(message.tool_call_id or "") or message.name
         if name is None:
@@ -46,6 +50,11 @@ def _turns(message: ChatMessage, callers: dict[str, str], number: int, memory: C
                 f"messages[{number}].tool_call_id",
             )
         yield Turn("tool", text, name=NAMESPACE + name.removeprefix(NAMESPACE))
+
+
+def calls_key(ids: Iterable[str]) -> str:
+    """What an answer with these calls is remembered by."""
+    return "\n".join(ids)
 
 
 def _assistant(message: ChatMessage, text: str) -> Iterator[Turn]:

@@ -18,7 +18,7 @@ from gptoss_compile.runtime.api.responses_store import ResponseStore
 from gptoss_compile.runtime.api.seal import Seal
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
 from gptoss_compile.runtime.api.tool_server.server import ToolServer
-from gptoss_compile.runtime.api.tools import CallMemory
+from gptoss_compile.runtime.api.turn_memory import TurnMemory
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput
 from gptoss_compile.runtime.sampling_params import RequestError, SamplingParams
@@ -37,7 +37,7 @@ class Context:
     tool_server: ToolServer = field(default_factory=ToolServer)
     responses: ResponseStore = field(default_factory=ResponseStore)
     seal: Seal = field(default_factory=Seal)
-    calls: CallMemory = field(default_factory=CallMemory)
+    memory: TurnMemory = field(default_factory=TurnMemory)
 
     def text_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

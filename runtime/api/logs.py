@@ -70,16 +70,15 @@ class RequestIdMiddleware:
                 message["headers"] = [*message.get("headers", ()), (HEADER, identity)]
             await send(message)
 
+        unanswered = 500  # what raised is answered further out
         try:
             await self._app(scope, receive, tell)
-        except Exception:
-            status = status or 500
-            raise
+            unanswered = 499  # the client left first
         finally:
             fields = {
                 "method": scope.get("method", "WEBSOCKET"),
                 "path": scope["path"][:200],
-                "status": status or 499,  # 499: the client left first
+                "status": status or unanswered,
                 "seconds": round(time.monotonic() - started, 4),
             }
             _access.info("answered", extra={"fields": fields})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from openai_harmony import (
@@ -79,8 +79,17 @@ class Turn:
         return self.channel == "analysis"
 
     @property
+    def thought(self) -> bool:
+        return self.role == "assistant" and self.reasoning and self.recipient is None
+
+    @property
     def final(self) -> bool:
         return self.role == "assistant" and self.channel == "final"
+
+    @property
+    def size(self) -> int:
+        """Bytes, roughly."""
+        return 200 + 2 * len(self.text) + 36 * len(self.tokens or ())
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,39 @@ async def render(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> list[int]:
         if len(ids) > limit:
             raise TooLongError(len(ids))
     return [*ids, START, *tokenizer.encode("assistant")]
+
+
+async def shortened(tokenizer: Tokenizer, prompt: Prompt, limit: int) -> Prompt:
+    """The prompt without its oldest turns, so that it has at most `limit` tokens. Settings stay, and no result of a tool
+    stays without its call. Raises TooLongError if not even the newest turn fits."""
+    turns = drop_old_reasoning(prompt.turns)
+    settings = [turn for turn in turns if turn.role == "developer"]
+    left = limit - len(await render(tokenizer, replace(prompt, turns=settings), limit))
+    first = len(turns)
+    while first and left >= 0:
+        if turns[first - 1].role != "developer":
+            left -= await _size(tokenizer, turns[first - 1], left)
+        first -= left >= 0
+    while first < len(turns) and _orphan(turns, first):
+        first += 1
+    if first == len(turns):
+        raise TooLongError(limit - left)
+    kept = [turn for i, turn in enumerate(turns) if i >= first or turn.role == "developer"]
+    return replace(prompt, turns=kept)
+
+
+def _orphan(turns: Sequence[Turn], first: int) -> bool:
+    """Whether a conversation cannot begin here: with a result, or in the middle of parallel calls."""
+    turn = turns[first]
+    return turn.role in ("tool", "developer") or bool(first and turn.recipient and turns[first - 1].recipient)
+
+
+async def _size(tokenizer: Tokenizer, turn: Turn, limit: int) -> int:
+    """Tokens of a turn; more than `limit` if it does not fit."""
+    try:
+        return len(await message_tokens(tokenizer, turn, limit))
+    except TooLongError as error:
+        return max(error.tokens, limit + 1)
 
 
 async def extend(tokenizer: Tokenizer, prompt: Sequence[int], turns: Sequence[Turn], limit: int) -> list[int]:

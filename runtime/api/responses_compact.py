@@ -14,7 +14,8 @@ from gptoss_compile.runtime.api.generation import Answers, Context, Submission
 from gptoss_compile.runtime.api.harmony import STOP_IDS, HarmonyParser
 from gptoss_compile.runtime.api.http import read_json, until_disconnect
 from gptoss_compile.runtime.api.render import Prompt, Turn, message_tokens
-from gptoss_compile.runtime.api.responses import conversation, render_input, usage
+from gptoss_compile.runtime.api.responses_conversation import conversation, render_input
+from gptoss_compile.runtime.api.responses_run import usage
 from gptoss_compile.runtime.api.responses_schema import CompactBody
 from gptoss_compile.runtime.sampling_params import SamplingParams
 

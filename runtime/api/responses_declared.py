@@ -98,6 +98,11 @@ def callers(items: Sequence[dict[str, Any]]) -> dict[str, str]:
     return {item["call_id"]: qualified(item["name"], item.get("namespace")) for item in items if item["type"] in CALLS}
 
 
+def memory_key(kind: str | None, item_id: str | None, call_id: str | None) -> str:
+    """What an item is remembered by. Clients keep a call's call_id, while they may drop its id."""
+    return (call_id if kind in CALLS else item_id) or ""
+
+
 def as_arguments(text: str) -> str:
     return json.dumps({"input": text}, ensure_ascii=False)
 

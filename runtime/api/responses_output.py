@@ -94,6 +94,15 @@ class Output:
         self.call = self.waiting = None
         return list(call.finish())
 
+    def written(self) -> Iterator[tuple[dict[str, Any], list[Turn]]]:
+        """Each item that is no reasoning, with what the model wrote since the one before it, and the item itself at last."""
+        start = 0
+        for item in self.items:
+            if item["type"] != "reasoning" and (own := self.item_turns.get(item["id"])):
+                end = next(i for i in range(start, len(self.turns)) if self.turns[i] is own[-1]) + 1
+                yield item, self.turns[start:end]
+                start = end
+
     def list_tools(self, label: str) -> Iterator[OutputEvent]:
         """Tell what an MCP server offers."""
         yield from list_tools(self.items, self._options.toolbox, label)

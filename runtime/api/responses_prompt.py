@@ -10,7 +10,15 @@ from typing import Any
 from gptoss_compile.runtime.api.errors import ApiError, bad_request
 from gptoss_compile.runtime.api.http import validated
 from gptoss_compile.runtime.api.render import FunctionTool, Turn
-from gptoss_compile.runtime.api.responses_declared import CALLS, Declared, as_arguments, callers, declared, qualified
+from gptoss_compile.runtime.api.responses_declared import (
+    CALLS,
+    Declared,
+    as_arguments,
+    callers,
+    declared,
+    memory_key,
+    qualified,
+)
 from gptoss_compile.runtime.api.responses_schema import InputItem, PromptBody, ToolChoice
 from gptoss_compile.runtime.api.responses_store import ResponseStore
 from gptoss_compile.runtime.api.responses_tools import kind_of
@@ -18,6 +26,7 @@ from gptoss_compile.runtime.api.schemas import text_of
 from gptoss_compile.runtime.api.seal import Seal
 from gptoss_compile.runtime.api.tool_server.server import Toolbox
 from gptoss_compile.runtime.api.tools import NAMESPACE
+from gptoss_compile.runtime.api.turn_memory import TurnMemory, same
 
 PREFIXES = {
     "message": "msg",
@@ -42,13 +51,19 @@ class Input:
 class InputReader:
     """Reads `input`, on top of an earlier response's callers. Raises ApiError, which names the item.
 
-    tools: the client's, by the names that the model knows.
+    What the model wrote and the client left out, because it keeps no reasoning, comes back in its place. tools: the
+    client's, by the names that the model knows.
     """
 
     def __init__(
-        self, store: ResponseStore, seal: Seal, callers: Mapping[str, str], tools: Mapping[str, Declared]
+        self,
+        store: ResponseStore,
+        memory: TurnMemory,
+        seal: Seal,
+        callers: Mapping[str, str],
+        tools: Mapping[str, Declared],
     ) -> None:
-        self._store, self._seal, self._tools = store, seal, tools
+        self._store, self._memory, self._seal, self._tools = store, memory, seal, tools
         self._callers = dict(callers)
 
     def read(self, given: str | Sequence[dict[str, Any]]) -> Input:
@@ -57,8 +72,33 @@ class InputReader:
         turns: list[Turn] = []
         for number, item in enumerate(items):
             before_call = number + 1 < len(items) and items[number + 1].kind in CALLS
-            turns += self._turns(item, f"input[{number}]", before_call)
+            new = list(self._turns(item, f"input[{number}]", before_call))
+            self._add(turns, new, self._key(item))
         return Input(turns, [self._listed(each, item) for each, item in zip(raw, items, strict=True)], self._callers)
+
+    def _key(self, item: InputItem) -> str:
+        """What the item is remembered by, or an empty string."""
+        found = self._store.item(item.id or "") if item.kind == "item_reference" else None
+        if found is not None:
+            return memory_key(found[0]["type"], item.id, found[0].get("call_id"))
+        return memory_key(item.kind, item.id, item.call_id)
+
+    def _add(self, turns: list[Turn], new: list[Turn], key: str) -> None:
+        """Append an item's turns, in the model's own tokens and behind its own reasoning if they are remembered.
+
+        Reasoning that the client did send stays, unless it is the same.
+        """
+        written = self._memory.recall(key) if new else None
+        if written is None or not same(written[-len(new) :], new):
+            turns += new
+            return
+        thoughts, own = written[: -len(new)], written[-len(new) :]
+        given = len(turns)
+        while given and turns[given - 1].thought:
+            given -= 1
+        if same(thoughts, turns[given:]) or given == len(turns):
+            turns[given:] = thoughts
+        turns += own
 
     def _listed(self, raw: dict[str, Any], item: InputItem) -> dict[str, Any]:
         found = self._store.item(item.id or "") if item.kind == "item_reference" else None
@@ -69,7 +109,8 @@ class InputReader:
             case "message":
                 yield self._message(item, where, before_call)
             case "reasoning":
-                yield self._reasoning(item, where)
+                if (thought := self._reasoning(item, where)).text or thought.tokens:
+                    yield thought
             case "function_call" | "custom_tool_call":
                 yield self._call(item, where)
             case "compaction":
@@ -139,11 +180,14 @@ class InputReader:
         found = self._store.item(item.id or "")
         if found is not None and found[1] is not None:
             return found[1]
-        if item.kind != "mcp_call" or item.output is None:
+        if written := self._memory.recall(item.id or ""):
+            return list(written[-2:])
+        if item.kind != "mcp_call" or (item.output is None and item.error is None):
             return []
         name = f"{item.server_label}.{item.name}"
         call = Turn("assistant", item.arguments or "{}", "analysis", recipient=name)
-        return [call, Turn("tool", text_of(item.output), "analysis", name=name)]
+        result = text_of(item.output) if item.output is not None else _error_text(item.error)
+        return [call, Turn("tool", result, "analysis", name=name)]
 
     def _reference(self, item: InputItem, where: str) -> Sequence[Turn]:
         found = self._store.item(item.id or "")
@@ -154,6 +198,14 @@ class InputReader:
         original, turns = found
         self._callers |= callers([original])
         return list(self._turns(validated(original, InputItem), where, False)) if turns is None else turns
+
+
+def _error_text(error: Any) -> str:
+    """What an mcp_call's `error` says: text, or an object with parts of text."""
+    parts = error.get("content") if isinstance(error, dict) else None
+    if isinstance(parts, list):
+        return "\n".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+    return str(error.get("message", "The tool failed.")) if isinstance(error, dict) else str(error)
 
 
 def _item(raw: dict[str, Any], where: str) -> InputItem:

@@ -56,6 +56,7 @@ class InputItem(Body):
     name: str | None = None
     arguments: str | None = None
     output: Content | None = None
+    error: str | dict[str, Any] | None = None
     summary: Content | None = None
     server_label: str | None = None
     namespace: str | None = None

@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from gptoss_compile.runtime.api.errors import ApiError, bad_request
 from gptoss_compile.runtime.api.generation import Context
 from gptoss_compile.runtime.api.http import parse
-from gptoss_compile.runtime.api.responses import ResponseRun
+from gptoss_compile.runtime.api.responses_run import ResponseRun
 from gptoss_compile.runtime.api.responses_schema import ResponseBody
 from gptoss_compile.runtime.api.responses_store import Record
 

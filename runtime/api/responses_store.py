@@ -90,7 +90,7 @@ class ResponseStore:
         """Count a finished record and make its output items known."""
         if record.id in self._records:
             self._index(record, record.response["output"])
-            record.size += sum(200 + 2 * len(turn.text) for turn in record.turns)
+            record.size += sum(turn.size for turn in record.turns)
             record.size += sum(80 * len(page.lines) for page in record.pages)
             self._bytes += record.size
             self._evict()

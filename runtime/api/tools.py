@@ -1,14 +1,10 @@
-"""Function tools: whom a message's recipient means, and what was written before a call."""
+"""Function tools: whom a message's recipient means."""
 
 from __future__ import annotations
 
-import json
 import secrets
-import time
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 from gptoss_compile.runtime.api.harmony import Message
 from gptoss_compile.runtime.api.render import Turn
@@ -57,41 +53,3 @@ class Call:
     @property
     def complete(self) -> bool:
         return self.message.closed
-
-
-class CallMemory:
-    """What the model wrote up to each of its recent calls, by the call's id.
-
-    Chat clients send a call back in their own spelling, and many drop the reasoning before it. With this the next prompt
-    of the tool loop holds the model's own tokens: nothing is lost, and the prefix cache hits.
-    """
-
-    SIZE = 4096
-    SECONDS = 3600.0
-
-    def __init__(self) -> None:
-        self._turns: OrderedDict[str, tuple[float, list[Turn]]] = OrderedDict()
-
-    def remember(self, calls: Sequence[Call], turns: list[Turn]) -> None:
-        """calls: all of one answer; turns: that answer."""
-        self._turns[_key(call.id for call in calls)] = time.monotonic(), turns
-        while len(self._turns) > self.SIZE or next(iter(self._turns.values()))[0] < time.monotonic() - self.SECONDS:
-            self._turns.popitem(last=False)
-
-    def recall(self, calls: Sequence[tuple[str, str, str]]) -> list[Turn] | None:
-        """The answer that made exactly these calls (id, name, arguments), if it is remembered."""
-        _, turns = self._turns.get(_key(call_id for call_id, _, _ in calls), (0.0, None))
-        made = [(turn.recipient, _parsed(turn.text)) for turn in turns or () if turn.recipient]
-        return turns if made == [(NAMESPACE + name, _parsed(arguments)) for _, name, arguments in calls] else None
-
-
-def _key(ids: Iterable[str]) -> str:
-    return "\n".join(ids)
-
-
-def _parsed(arguments: str) -> Any:
-    """Arguments such that two spellings of the same JSON are equal."""
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments

@@ -11,12 +11,9 @@ import json
 import os
 import random
 import re
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -27,6 +24,7 @@ from gptoss_compile.artifact import Artifact
 from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.compiler import Request, compile_checkpoint
 from gptoss_compile.config import Bucket, ModelConfig
+from gptoss_compile.demo.serving import served
 from gptoss_compile.target import Target
 
 from .test_parity import reference_logits
@@ -48,32 +46,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@contextmanager
-def served(artifact: Path, *flags: str) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "gptoss_compile.cli", "serve", str(artifact), "--port", str(port), *flags]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            assert server.poll() is None and time.monotonic() < deadline, server.stderr and server.stderr.read()
-            time.sleep(0.1)
-        yield url
-    finally:
-        server.terminate()
-        assert server.wait(60) == 0, "a server ends with 0 behind SIGTERM"
-
-
 def metric(url: str, name: str) -> float:
-    found = re.search(rf"^{name} (\S+)$", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    found = re.search(rf"^{name} (\S+)$", httpx.get(f"{url.removesuffix('/v1')}/metrics").text, re.MULTILINE)
     assert found, f"/metrics has no {name}"
     return float(found[1])
 
@@ -85,7 +59,7 @@ def test_log_probabilities_over_http_are_those_of_transformers(artifact: Path, l
     prompt = [rng.randrange(CONFIG.vocab_size) for _ in range(length)]
     logits = reference_logits(Checkpoint.random(CONFIG, SEED), prompt).astype(np.float64)
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    answer = httpx.post(f"{server}/v1/completions", timeout=60, json={
+    answer = httpx.post(f"{server}/completions", timeout=60, json={
         "model": "small", "prompt": prompt, "max_tokens": 0, "echo": True, "logprobs": 1, "return_token_ids": True})
     assert answer.status_code == 200, answer.text
     got = answer.json()["choices"][0]["logprobs"]["token_logprobs"]
@@ -149,14 +123,14 @@ async def _one(client: httpx.AsyncClient, url: str, job: Job, delay: float) -> l
             "return_token_ids": True, "stream": stream}
     if given_up:
         with suppress(TimeoutError):
-            await asyncio.wait_for(client.post(f"{url}/v1/completions", json=body), delay)
+            await asyncio.wait_for(client.post(f"{url}/completions", json=body), delay)
         return None
     if not stream:
-        answer = await client.post(f"{url}/v1/completions", json=body)
+        answer = await client.post(f"{url}/completions", json=body)
         assert answer.status_code == 200, answer.text
         return list(answer.json()["choices"][0]["token_ids"])
     ids: list[int] = []
-    async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+    async with client.stream("POST", f"{url}/completions", json=body) as answer:
         assert answer.status_code == 200
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
