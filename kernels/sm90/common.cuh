@@ -182,10 +182,6 @@ DEVICE void store_async(u32 peer, u32 peer_barrier, float4 v) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
                  ::"r"(peer), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(peer_barrier) : "memory");
 }
-// All threads of the cluster, with what they did before.
-DEVICE void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
 
 // ---- barriers in shared memory (mbarrier) ---------------------------------------------------------
 
@@ -210,9 +206,6 @@ DEVICE bool barrier_test(u32 barrier, u32 parity) {
                  : "=r"(r) : "r"(barrier), "r"(parity) : "memory");
     return r;
 }
-DEVICE void barrier_arrive_at_peer(u32 peer_barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
-}
 
 // ---- bulk copies from global to shared memory -----------------------------------------------------
 
@@ -224,13 +217,9 @@ DEVICE void bulk_copy(u32 shared, const void* global, int bytes, u32 barrier) {
 // What is read once in a step and had better not displace the rest of the L2.
 DEVICE void bulk_copy_once(u32 shared, const void* global, int bytes, u32 barrier) {
     asm volatile("{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}"
+                 "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+                 "policy;\n}"
                  ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
-}
-// Into the blocks of the cluster whose bits are set in `blocks`, at the same address in each, counted on each one's barrier.
-DEVICE void bulk_copy_multicast(u32 shared, const void* global, int bytes, u32 barrier, u16 blocks) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-                 ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier), "h"(blocks) : "memory");
 }
 
 // ---- bulk copies ----------------------------------------------------------------------------------

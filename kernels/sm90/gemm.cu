@@ -1,28 +1,30 @@
 // out[t, n] = sum over k of weight[n, k] x[t, k] (+ bias[n]) (+ residual[t, n]); t < TOKENS, n < FEATURES, k < INNER.
 // Weights are the left operand of wgmma, tokens the right one, so an accumulator is the output transposed.
 //
-// A block has SLABS warpgroups of consumers, each with 64 rows of weights and WIDTH tokens, and four warps of producers: warp
-// s < SLABS streams slab s of the weights, warp 3 the tokens, both as one bulk copy for each 64 columns into rings of their
-// own, for the weights need not wait for the kernel before this one and fill theirs ahead.
-//
-// SPLIT > 1: few tokens. The blocks of a cluster share K; each adds up its part of the tokens, in the order of the blocks.
-// PAIR = 2: many tokens. The blocks of a cluster take neighbouring tiles of tokens and each brings half of the weights to both.
+// A block of threads has SLABS warpgroups of consumers, each with 64 rows of weights and WIDTH tokens, and four warps of
+// producers: three stream weights, a slab of 64 rows x 64 columns a copy, one streams tokens. Each of the two has its own
+// ring, for the weights need not wait for the kernel before this one and fill theirs ahead.
+// SPLIT > 1: the blocks of a cluster share K. Each then sums up its part of the tokens, in the order of the blocks.
 #include "wgmma.cuh"
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int least(int a, int b) { return a < b ? a : b; }
 
-constexpr int BLOCKS = INNER / 64, SLAB_ROWS = ceil_div(FEATURES, 64), ROW_TILES = ceil_div(SLAB_ROWS, SLABS);
-constexpr int TOKEN_TILES = ceil_div(ceil_div(TOKENS, WIDTH), PAIR), ITEMS = ROW_TILES * TOKEN_TILES;  // tiles for each of a PAIR
-constexpr int BAND = 8 / PAIR;  // tiles of tokens that are taken through all rows together, so that they stay in the L2
-constexpr int BATCH = 8;  // octets whose residuals are loaded at a time
-constexpr int CONSUMERS = SLABS * 128, CLUSTER = SPLIT * PAIR, OCTETS = WIDTH / 8, ATOMS = ceil_div(TOKENS, 8);
-constexpr u32 SLAB_BYTES = 8192, WEIGHT_BYTES = SLABS * SLAB_BYTES, TOKEN_BYTES = WIDTH * 128;
+constexpr int STEPS = INNER / 64, SLAB_ROWS = ceil_div(FEATURES, 64), ROW_TILES = ceil_div(SLAB_ROWS, SLABS);
+constexpr int TOKEN_TILES = ceil_div(TOKENS, WIDTH), ITEMS = ROW_TILES * TOKEN_TILES;
+constexpr int BAND = 8;  // tiles of tokens that are taken through all rows together, so that they stay in the L2
+constexpr int CONSUMERS = SLABS * 128, PRODUCERS = 3, OCTETS = WIDTH / 8, ATOMS = ceil_div(TOKENS, 8);
+constexpr int BATCH = SLABS < 3 && WIDTH > 128 ? 16 : 8;  // octets whose residuals are loaded at a time
+// A tile with all tokens is as wide as they are, so that the steps lie in memory one behind the other and TOKEN_STEPS of
+// them are one copy. wgmma may then read beyond them, the weights at the end, for columns that nobody stores.
+constexpr u32 SLAB_BYTES = 8192, WEIGHT_BYTES = SLABS * SLAB_BYTES, STEP_BYTES = least(WIDTH, ATOMS * 8) * 128;
+constexpr u32 TOKEN_BYTES = TOKEN_STEPS * STEP_BYTES;
 // Sums that other blocks of a SPLIT send: an octet of tokens is 16 bytes a consumer; octet j belongs to block j % SPLIT.
 constexpr u32 OCTET_BYTES = CONSUMERS * 16, PART_BYTES = ceil_div(OCTETS, SPLIT) * OCTET_BYTES;
-constexpr u32 TOKENS_AT = WEIGHT_STAGES * WEIGHT_BYTES, PARTS_AT = TOKENS_AT + TOKEN_STAGES * TOKEN_BYTES;
+constexpr u32 WEIGHTS_AT = TOKEN_STAGES * TOKEN_BYTES, PARTS_AT = WEIGHTS_AT + WEIGHT_STAGES * WEIGHT_BYTES;
 constexpr u32 BARRIERS_AT = PARTS_AT + (SPLIT - 1) * PART_BYTES;
 static_assert(SHARED == BARRIERS_AT + (2 * WEIGHT_STAGES + 2 * TOKEN_STAGES + 1) * 8, "kernels/sm90/gemm.py disagrees");
-static_assert(INNER % 64 == 0 && FEATURES % 8 == 0 && WIDTH % 16 == 0 && (SPLIT == 1 || PAIR == 1), "");
+static_assert(INNER % 64 == 0 && FEATURES % 8 == 0 && WIDTH % 16 == 0 && (TOKEN_STEPS == 1 || TOKEN_TILES == 1), "");
 static_assert(SPLIT == 1 || ITEMS * SPLIT == GRID, "the parts' barrier serves one item");
 
 #if FP32
@@ -46,87 +48,93 @@ struct Ring {
 using WeightRing = Ring<WEIGHT_STAGES>;
 using TokenRing = Ring<TOKEN_STAGES>;
 
-// Tile (row, tokens) of the outputs, and which columns of K this block multiplies.
+// A tile of the outputs, and the steps of 64 columns of K that this block multiplies for it.
 struct Item {
     int row, start, first, last;
     DEVICE Item(int i, int rank) {
         const int band = i / (BAND * ROW_TILES), at = i % (BAND * ROW_TILES);
         const int tiles = min(BAND, TOKEN_TILES - band * BAND);
         row = at / tiles;
-        start = ((band * BAND + at % tiles) * PAIR + (PAIR > 1 ? rank : 0)) * WIDTH;
-        first = SPLIT > 1 ? rank * BLOCKS / SPLIT : 0;
-        last = SPLIT > 1 ? (rank + 1) * BLOCKS / SPLIT : BLOCKS;
+        start = (band * BAND + at % tiles) * WIDTH;
+        first = rank * STEPS / SPLIT;
+        last = (rank + 1) * STEPS / SPLIT;
     }
 };
 
-DEVICE void produce_weights(const char* weight, WeightRing ring, int slab, int cluster, int rank) {
-    ring.data += slab * SLAB_BYTES;
-    for (int i = cluster; i < ITEMS; i += GRID / CLUSTER) {
+// Every third copy, for a copy costs a thread more time than its bytes may take.
+DEVICE void produce_weights(const char* weight, WeightRing ring, int producer, int cluster, int rank) {
+    int turn = 0;
+    for (int i = cluster; i < ITEMS; i += GRID / SPLIT) {
         const Item item(i, rank);
-        const int row = item.row * SLABS + slab;
-        const char* from = weight + ((u64)row * BLOCKS + item.first) * SLAB_BYTES;
-        for (int block = item.first; block < item.last; ++block, from += SLAB_BYTES, ring.next()) {
-            barrier_wait(ring.empty(), ring.phase ^ 1);
-            if (row >= SLAB_ROWS) {  // no such rows: their results go nowhere
-                barrier_arrive(ring.full());
-                continue;
-            }
-            barrier_expect(ring.full(), SLAB_BYTES);
-            if constexpr (PAIR > 1) {
-                const u32 half = rank * (SLAB_BYTES / 2);
-                bulk_copy_multicast(ring.here() + half, from + half, SLAB_BYTES / 2, ring.full(), 3);
-            } else if constexpr (TOKEN_TILES == 1) {
-                bulk_copy_once(ring.here(), from, SLAB_BYTES, ring.full());
-            } else {
-                bulk_copy(ring.here(), from, SLAB_BYTES, ring.full());
+        for (int step = item.first; step < item.last; ++step, ring.next()) {
+#pragma unroll
+            for (int slab = 0; slab < SLABS; ++slab) {
+                const bool mine = turn == producer;
+                turn = turn + 1 < PRODUCERS ? turn + 1 : 0;
+                if (!mine) continue;
+                const int row = item.row * SLABS + slab;
+                const u32 to = ring.here() + slab * SLAB_BYTES;
+                const char* from = weight + ((u64)row * STEPS + step) * SLAB_BYTES;
+                barrier_wait(ring.empty(), ring.phase ^ 1);
+                if (row >= SLAB_ROWS) {  // no such rows: their results go nowhere
+                    barrier_arrive(ring.full());
+                    continue;
+                }
+                barrier_expect(ring.full(), SLAB_BYTES);
+                if constexpr (TOKEN_TILES == 1) bulk_copy_once(to, from, SLAB_BYTES, ring.full());
+                else bulk_copy(to, from, SLAB_BYTES, ring.full());
             }
         }
     }
 }
 
 DEVICE void produce_tokens(const char* tiles, TokenRing ring, int cluster, int rank) {
-    for (int i = cluster; i < ITEMS; i += GRID / CLUSTER) {
+    for (int i = cluster; i < ITEMS; i += GRID / SPLIT) {
         const Item item(i, rank);
-        const int bytes = min(WIDTH, ATOMS * 8 - item.start) * 128;  // the last tile may be narrower, or missing in its PAIR
-        const char* from = tiles + ((u64)item.first * ATOMS + item.start / 8) * 1024;
-        for (int block = item.first; block < item.last; ++block, from += ATOMS * 1024, ring.next()) {
+        const int step_bytes = min(WIDTH, ATOMS * 8 - item.start) * 128;  // the last tile may be narrower
+        for (int step = item.first; step < item.last; step += TOKEN_STEPS, ring.next()) {
+            const int bytes = min(TOKEN_STEPS, item.last - step) * step_bytes;
             barrier_wait(ring.empty(), ring.phase ^ 1);
-            if (bytes <= 0) {
-                barrier_arrive(ring.full());
-                continue;
-            }
             barrier_expect(ring.full(), bytes);
-            bulk_copy(ring.here(), from, bytes, ring.full());
+            bulk_copy(ring.here(), tiles + ((u64)step * ATOMS + item.start / 8) * 1024, bytes, ring.full());
         }
     }
 }
 
-// This warp has read the stage. One lane says so, to both producers of a PAIR.
-DEVICE void release(u32 weights, u32 tokens, int rank) {
-    if (threadIdx.x % 32) return;
-    barrier_arrive(tokens);
-    barrier_arrive(weights);
-    if constexpr (PAIR > 1) barrier_arrive_at_peer(peer_address(weights, rank ^ 1));
-}
+// The stages that a step was the last to read. One lane of each warp gives them back.
+struct Used {
+    u32 weights = 0, tokens = 0;
+    DEVICE void release() const {
+        if (threadIdx.x % 32) return;
+        if (weights) barrier_arrive(weights);
+        if (tokens) barrier_arrive(tokens);
+    }
+};
 
-// d = one item's product. One block's multiplications run while the next one's are issued.
-DEVICE void multiply(float (&d)[WIDTH / 2], WeightRing& weights, TokenRing& tokens, int slab, int blocks, int rank) {
-    u32 used_weights = 0, used_tokens = 0;
-    for (int block = 0; block < blocks; ++block) {
+// d = one item's product, once `wgmma_wait<0>` says so. While one step's products run, the next one's are issued. Returns
+// what is to be released then.
+DEVICE Used multiply(float (&d)[WIDTH / 2], WeightRing& weights, TokenRing& tokens, int slab, int steps) {
+    Used used;
+    for (int step = 0; step < steps; ++step) {
+        const int part = step % TOKEN_STEPS;
         barrier_wait(weights.full(), weights.phase);
-        barrier_wait(tokens.full(), tokens.phase);
-        const u64 a = wgmma_operand(weights.here() + slab * SLAB_BYTES), b = wgmma_operand(tokens.here());
+        if (part == 0) barrier_wait(tokens.full(), tokens.phase);
+        const u64 a = wgmma_operand(weights.here() + slab * SLAB_BYTES);
+        const u64 b = wgmma_operand(tokens.here() + part * STEP_BYTES);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < 4; ++k) Wgmma<WIDTH>::multiply(d, a + 2 * k, b + 2 * k, block + k);
+        for (int k = 0; k < 4; ++k) Wgmma<WIDTH>::multiply(d, a + 2 * k, b + 2 * k, step + k);
         wgmma_commit();
         wgmma_wait<1>();
-        if (block) release(used_weights, used_tokens, rank);
-        used_weights = weights.empty(), used_tokens = tokens.empty();
-        weights.next(), tokens.next();
+        used.release();
+        used = Used{weights.empty(), 0};
+        weights.next();
+        if (part + 1 == TOKEN_STEPS || step + 1 == steps) {
+            used.tokens = tokens.empty();
+            tokens.next();
+        }
     }
-    wgmma_wait<0>();
-    release(used_weights, used_tokens, rank);
+    return used;
 }
 
 // Sends each octet of tokens to the block that owns it, and adds to this block's octets what the others send, in the order
@@ -160,9 +168,9 @@ DEVICE void exchange(float (&d)[WIDTH / 2], u32 parts, u32 barrier, int rank) {
     }
 }
 
-// An octet's 16 rows x 8 tokens lie with lane 4g + c: d[0], d[1] row g, tokens 2c, 2c + 1; d[2], d[3] row g + 8. Memory wants a
-// token's rows side by side. A transpose gives lane 4t + c rows 2c, 2c + 1 (`low`) and 2c + 8, 2c + 9 (`high`) of token t;
-// an exchange of neighbours then gives it four rows in a row, from
+// An octet's 16 rows x 8 tokens lie with lane 4g + c: d[0], d[1] row g, tokens 2c, 2c + 1; d[2], d[3] row g + 8. Memory
+// wants a token's rows side by side. A transpose gives lane 4t + c rows 2c, 2c + 1 (`low`) and 2c + 8, 2c + 9 (`high`) of
+// token t; an exchange of neighbours then gives it four rows in a row, from
 DEVICE int first_row(int lane) { return lane % 2 * 8 + lane % 4 / 2 * 4; }
 
 DEVICE uint2 to_rows(u32 low, u32 high) {
@@ -177,7 +185,7 @@ DEVICE uint2 to_fragment(uint2 rows) {
     const u32 other = __shfl_xor_sync(~0u, odd ? rows.x : rows.y, 1);
     return uint2{transpose_8x8(odd ? other : rows.x), transpose_8x8(odd ? rows.y : other)};
 }
-// Rows 2c, 2c + 1 of token t for lane 4t + c of two fp32 fragments a (token 2c), b (token 2c + 1): halves travel by themselves.
+// The same for fp32, a of token 2c, b of 2c + 1, whose halves travel by themselves: lane 4t + c gets rows 2c, 2c + 1 of t.
 DEVICE uint2 to_rows_fp32(float a, float b) {
     const u32 x = __float_as_uint(a), y = __float_as_uint(b);
     const u32 low = transpose_8x8(__byte_perm(x, y, 0x5410)), high = transpose_8x8(__byte_perm(x, y, 0x7632));
@@ -198,21 +206,32 @@ DEVICE void store_octet(const float (&low)[2], const float (&high)[2], Out* to, 
 #endif
 }
 
-// Stores this warp's 16 rows from `row` of the tokens from `start`; those of other blocks in a SPLIT not.
-DEVICE void store(float (&d)[WIDTH / 2], float bias_low, float bias_high, int row, int start, int rank,
+// Where a warp's 16 rows of a tile lie.
+struct Place {
+    int row, start, rank;
+    DEVICE int token(int octet) const { return start + 8 * octet + threadIdx.x % 32 / 4; }
+    DEVICE bool mine(int octet) const { return SPLIT == 1 || octet % SPLIT == rank; }
+};
+
+// The residuals of a batch of octets, four rows a lane; nothing waits for them yet.
+DEVICE void load_residuals(uint2 (&added)[BATCH], const Place& place, int first, const u16* residual) {
+    const int at = place.row + first_row(threadIdx.x % 32);
+#pragma unroll
+    for (int j = first; j < least(first + BATCH, OCTETS); ++j) {
+        const bool inside = place.mine(j) && place.token(j) < TOKENS && at < FEATURES;
+        added[j - first] = inside ? load_8(residual + (u64)place.token(j) * FEATURES + at) : uint2{};
+    }
+}
+
+// Stores the octets of this block. `added` are the residuals of the first batch.
+DEVICE void store(const float (&d)[WIDTH / 2], uint2 (&added)[BATCH], float bias_low, float bias_high, const Place& place,
                   const u16* residual, Out* out) {
-    const int lane = threadIdx.x % 32, token = start + lane / 4;
 #pragma unroll
     for (int first = 0; first < OCTETS; first += BATCH) {
-        [[maybe_unused]] uint2 added[BATCH];
+        if (RESIDUAL && first) load_residuals(added, place, first, residual);
 #pragma unroll
-        for (int j = first; RESIDUAL && j < min(first + BATCH, OCTETS); ++j) {
-            const bool inside = token + 8 * j < TOKENS && row + first_row(lane) < FEATURES && (SPLIT == 1 || j % SPLIT == rank);
-            added[j - first] = inside ? load_8(residual + (u64)(token + 8 * j) * FEATURES + row + first_row(lane)) : uint2{};
-        }
-#pragma unroll
-        for (int j = first; j < min(first + BATCH, OCTETS); ++j) {
-            if (SPLIT > 1 && j % SPLIT != rank) continue;
+        for (int j = first; j < least(first + BATCH, OCTETS); ++j) {
+            if (!place.mine(j)) continue;
             float low[2] = {d[4 * j] + bias_low, d[4 * j + 1] + bias_low};
             float high[2] = {d[4 * j + 2] + bias_high, d[4 * j + 3] + bias_high};
             if constexpr (RESIDUAL) {
@@ -220,8 +239,8 @@ DEVICE void store(float (&d)[WIDTH / 2], float bias_low, float bias_high, int ro
                 low[0] += low_bf16(fragment.x), low[1] += high_bf16(fragment.x);
                 high[0] += low_bf16(fragment.y), high[1] += high_bf16(fragment.y);
             }
-            Out* to = out + (u64)(token + 8 * j) * FEATURES + row;
-            store_octet(low, high, to, token + 8 * j < TOKENS ? FEATURES - row : 0);
+            Out* to = out + (u64)place.token(j) * FEATURES + place.row;
+            store_octet(low, high, to, place.token(j) < TOKENS ? FEATURES - place.row : 0);
         }
     }
 }
@@ -229,18 +248,22 @@ DEVICE void store(float (&d)[WIDTH / 2], float bias_low, float bias_high, int ro
 DEVICE void consume(WeightRing weights, TokenRing tokens, u32 parts, u32 parts_full, int cluster, int rank, const u16* bias,
                     const u16* residual, Out* out) {
     const int warp = threadIdx.x / 32, slab = warp / 4, g = threadIdx.x % 32 / 4;
-    for (int i = cluster; i < ITEMS; i += GRID / CLUSTER) {
+    for (int i = cluster; i < ITEMS; i += GRID / SPLIT) {
         const Item item(i, rank);
-        const int row = (item.row * SLABS + slab) * 64 + warp % 4 * 16;
+        const Place place{(item.row * SLABS + slab) * 64 + warp % 4 * 16, item.start, rank};
         float bias_low = 0.f, bias_high = 0.f;
-#if BIAS
-        if (row + g < FEATURES) bias_low = load_bf16(bias + row + g);
-        if (row + g + 8 < FEATURES) bias_high = load_bf16(bias + row + g + 8);
-#endif
+        if constexpr (BIAS) {
+            if (place.row + g < FEATURES) bias_low = load_bf16(bias + place.row + g);
+            if (place.row + g + 8 < FEATURES) bias_high = load_bf16(bias + place.row + g + 8);
+        }
         float d[WIDTH / 2];
-        multiply(d, weights, tokens, slab, item.last - item.first, rank);
+        uint2 added[BATCH];
+        const Used used = multiply(d, weights, tokens, slab, item.last - item.first);
+        if constexpr (RESIDUAL) load_residuals(added, place, 0, residual);  // while the last products run
+        wgmma_wait<0>();
+        used.release();
         if constexpr (SPLIT > 1) exchange(d, parts, parts_full, rank);
-        store(d, bias_low, bias_high, row, item.start, rank, residual, out);
+        store(d, added, bias_low, bias_high, place, residual, out);
     }
 }
 
@@ -253,8 +276,8 @@ DEVICE void share_registers() {
     else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-#if SPLIT * PAIR > 1
-#define CLUSTER_SHAPE __cluster_dims__(SPLIT * PAIR, 1, 1)
+#if SPLIT > 1
+#define CLUSTER_SHAPE __cluster_dims__(SPLIT, 1, 1)
 #else
 #define CLUSTER_SHAPE
 #endif
@@ -275,15 +298,15 @@ extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(CONSUMERS + 128, 1) g
 #endif
     extern __shared__ __align__(1024) char memory[];
     trigger_next();
-    const int cluster = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER, warp = threadIdx.x / 32 - SLABS * 4;
+    const int cluster = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT, warp = threadIdx.x / 32 - SLABS * 4;
     const u32 base = shared_address(memory), barriers = base + BARRIERS_AT;
-    const WeightRing weights{base, WEIGHT_BYTES, barriers};
-    const TokenRing tokens{base + TOKENS_AT, TOKEN_BYTES, barriers + 2 * WEIGHT_STAGES * 8};
+    const WeightRing weights{base + WEIGHTS_AT, WEIGHT_BYTES, barriers};
+    const TokenRing tokens{base, TOKEN_BYTES, barriers + 2 * WEIGHT_STAGES * 8};
     const u32 parts_full = barriers + (2 * WEIGHT_STAGES + 2 * TOKEN_STAGES) * 8;
     if (threadIdx.x == 0) {
         for (int i = 0; i < WEIGHT_STAGES; ++i) {
             barrier_init(barriers + i * 8, SLABS);
-            barrier_init(barriers + (WEIGHT_STAGES + i) * 8, SLABS * 4 * PAIR);
+            barrier_init(barriers + (WEIGHT_STAGES + i) * 8, SLABS * 4);
         }
         for (int i = 0; i < TOKEN_STAGES; ++i) {
             barrier_init(tokens.barriers + i * 8, 1);
@@ -294,20 +317,19 @@ extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(CONSUMERS + 128, 1) g
         barrier_expect(parts_full, (SPLIT - 1) * ((OCTETS - rank + SPLIT - 1) / SPLIT) * OCTET_BYTES);
     }
     __syncthreads();
-    if constexpr (CLUSTER > 1) cluster_arrive_relaxed();
-    if constexpr (PAIR > 1) cluster_wait();
+    if constexpr (SPLIT > 1) cluster_arrive_relaxed();
     if (warp < 0) {
         share_registers<true>();
         wait_for_previous();  // for what is stored, and the residual
         consume(weights, tokens, base + PARTS_AT, parts_full, cluster, rank, bias, residual, out);
     } else {
         share_registers<false>();
-        if (warp < SLABS && threadIdx.x % 32 == 0) produce_weights(weight, weights, warp, cluster, rank);
-        if (warp == 3 && threadIdx.x % 32 == 0) {
+        if (threadIdx.x % 32) return;
+        if (warp == PRODUCERS) {
             wait_for_previous();
             produce_tokens(tiles, tokens, cluster, rank);
+        } else {  // last here and hence first in the machine code: the lint looks for loads ahead of the first wait
+            produce_weights(weight, weights, warp, cluster, rank);
         }
-        __syncwarp();
     }
-    if constexpr (PAIR > 1) cluster_sync();  // the other block may still write into this one's shared memory
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import hypot
 
 from gptoss_compile.kernels.common import cdiv, cuda_launch, tensor, total_bytes
 from gptoss_compile.kernels.sm90.tile import activation_tiles, tile_launch
@@ -12,14 +13,19 @@ from gptoss_compile.target import Target
 
 SLAB_BYTES = 64 * 128  # 64 rows × 64 columns of bf16
 BARRIER_BYTES = 1024
-LOAD_RATE = 28  # bytes a clock that one SM gets from the L2 while all of them load
-EXCHANGE_CYCLES = 1500  # until the blocks of a cluster have each other's sums, besides their bytes
-STORE_CYCLES = 1500  # until a tile is stored, besides 4 cycles a token
+COPY_BYTES = 8192  # of tokens: smaller copies cost their thread more time than the bytes take
+AHEAD_BYTES = 57344  # of tokens requested at a time, if their steps are few
+# A model of an H100's time, in clocks, from measurements of gemm.cu
+LOAD_RATE = 56  # bytes a clock into one SM
+MEMORY_RATE = 1800  # bytes a clock from device memory into all
+EXCHANGE_RATE = 12  # bytes a clock from the other blocks of a cluster
+EXCHANGE_CYCLES = 1500
+STORE_CYCLES = 2000  # a tile's start and end, besides 4 a token
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How gemm.cu cuts out [T, N] = x [T, K] · Wᵀ. For the fields see the head of gemm.cu."""
+    """How gemm.cu cuts out [T, N] = x [T, K] · Wᵀ. For slabs, width and split see the head of gemm.cu."""
 
     tokens: int
     features: int
@@ -27,17 +33,26 @@ class Shape:
     slabs: int
     width: int
     split: int
-    pair: int
 
     @property
     def items(self) -> int:
-        """Tiles of 64 · slabs rows of weights × width · pair tokens, a cluster each."""
-        return cdiv(cdiv(self.features, 64), self.slabs) * cdiv(self.tokens, self.width * self.pair)
+        """Tiles of 64 · slabs rows of weights × width tokens, a cluster each."""
+        return cdiv(cdiv(self.features, 64), self.slabs) * cdiv(self.tokens, self.width)
 
     @property
-    def blocks(self) -> int:
-        """Blocks of 64 columns that one thread block multiplies for an item."""
+    def steps(self) -> int:
+        """Steps of 64 columns that one thread block multiplies for an item."""
         return cdiv(self.inner // 64, self.split)
+
+    @property
+    def step_bytes(self) -> int:
+        """Of tokens in a step: the width, or all tokens in whole atoms."""
+        return min(self.width, cdiv(self.tokens, 8) * 8) * 128
+
+    @property
+    def token_steps(self) -> int:
+        """Steps that are one copy of tokens. They are neighbours in memory only where a tile has all tokens."""
+        return max(1, min(COPY_BYTES // self.step_bytes, self.steps)) if self.tokens <= self.width else 1
 
     @property
     def parts_bytes(self) -> int:
@@ -46,8 +61,7 @@ class Shape:
 
     def clusters(self, target: Target) -> int:
         """How many clusters run at a time. The SMs come in groups of 16 or 18 that no cluster crosses."""
-        size = self.split * self.pair
-        return target.processors // size if size <= 2 else target.processors // 16 * (16 // size)
+        return target.processors // self.split if self.split <= 2 else target.processors // 16 * (16 // self.split)
 
     def stages(self, target: Target) -> tuple[int, int]:
         """(weights, tokens): stages of the two rings.
@@ -55,30 +69,40 @@ class Shape:
         Tokens need four to hide the latency of the L2, or a whole K where it is small, since they are requested only
         when the kernel before has ended; all the rest goes to the weights, which come ahead.
         """
-        weight, token = self.slabs * SLAB_BYTES, self.width * 128
+        weight, token = self.slabs * SLAB_BYTES, self.token_steps * self.step_bytes
         room = target.shared_bytes - BARRIER_BYTES - self.parts_bytes
         fair = room // (weight + token)
-        tokens = min(self.blocks, max(min(fair, 4), 57344 // token))
-        return min((room - tokens * token) // weight, self.blocks), tokens
+        tokens = min(cdiv(self.steps, self.token_steps), max(min(fair, 4), AHEAD_BYTES // token))
+        return min((room - tokens * token) // weight, self.steps), tokens
 
     def cycles(self, target: Target) -> float:
-        """A model of the time: each SM multiplies and loads at once, items run in rounds."""
-        multiply = 2 * self.slabs * self.width  # 2,048 multiply-adds a clock
-        load = (self.slabs * SLAB_BYTES / self.pair + self.width * 128) / LOAD_RATE
-        item = self.blocks * max(multiply, load) + STORE_CYCLES + 4 * self.width
-        exchange = EXCHANGE_CYCLES + self.parts_bytes / LOAD_RATE if self.split > 1 else 0
-        return cdiv(self.items, self.clusters(target)) * item + exchange
+        """Rounds of items, each of which loads and multiplies at once, beside all the weights from memory; then the sums.
+
+        What runs beside something else is not quite free: the root of the sum of squares, not the larger.
+        """
+        multiply = 2 * self.slabs * self.width  # a step; 2,048 multiply-adds a clock
+        load = (self.slabs * SLAB_BYTES + self.width * 128) / LOAD_RATE
+        item = self.steps * max(multiply, load) + STORE_CYCLES + 4 * self.width
+        exchange = EXCHANGE_CYCLES + self.parts_bytes / EXCHANGE_RATE if self.split > 1 else 0
+        weights = 2 * self.features * self.inner / MEMORY_RATE
+        return hypot(cdiv(self.items, self.clusters(target)) * item, weights) + exchange
 
 
 def shapes(target: Target, tokens: int, features: int, inner: int) -> Iterator[Shape]:
-    """All shapes that fit. A cluster that splits K takes one item only; pairs only pay where several tiles are."""
-    for slabs in (1, 2, 3):
-        for width in range(16, 256 + 1 if slabs < 3 else 192 + 1, 16):
-            for split, pair in ((1, 1), (1, 2), *((n, 1) for n in range(2, 9))):
-                shape = Shape(tokens, features, inner, slabs, width, split, pair)
-                fits = min(shape.stages(target)) >= min(3, shape.blocks)
+    """All shapes that fit.
+
+    Up to 128 tokens are one tile, so that the weights are read once. A cluster that splits K takes one item only; its sizes are
+    those that fill groups of SMs (clusters of 3 and 5 ran in two rounds), its blocks have two slabs (three send too much).
+    """
+    padded = cdiv(tokens, 16) * 16
+    for slabs, widest, splits in ((2, 256, (1, 2, 4, 8)), (3, 192, (1,))):
+        for width in range(padded if tokens <= 128 else 64, min(padded, widest) + 1, 16):
+            for split in splits:
+                shape = Shape(tokens, features, inner, slabs, width, split)
+                weights, copies = shape.stages(target)
+                fits = weights >= min(3, shape.steps) and copies >= min(3, cdiv(shape.steps, shape.token_steps))
                 once = split == 1 or (shape.items <= shape.clusters(target) and split <= inner // 64)
-                if fits and once and width - 16 < tokens and (pair == 1 or width < tokens):
+                if fits and once:
                     yield shape
 
 
@@ -107,13 +131,13 @@ def gemm_launches(target: Target, operands: Mapping[str, Operand], out: TensorSp
                         norm_weight="norm_weight" if "norm_weight" in present else None, eps=float(eps))
     shape = best_shape(target, tokens, features, inner)
     weights, stages = shape.stages(target)
-    shared = (weights * shape.slabs * SLAB_BYTES + stages * shape.width * 128 + shape.parts_bytes
+    shared = (weights * shape.slabs * SLAB_BYTES + stages * shape.token_steps * shape.step_bytes + shape.parts_bytes
               + (2 * weights + 2 * stages + 1) * 8)
-    grid = min(shape.items, shape.clusters(target)) * shape.split * shape.pair
+    grid = min(shape.items, shape.clusters(target)) * shape.split
     defines: dict[str, int | float | str] = {
         "TOKENS": tokens, "FEATURES": features, "INNER": inner, "GRID": grid, "SHARED": shared,
-        "SLABS": shape.slabs, "WIDTH": shape.width, "SPLIT": shape.split, "PAIR": shape.pair,
-        "WEIGHT_STAGES": weights, "TOKEN_STAGES": stages,
+        "SLABS": shape.slabs, "WIDTH": shape.width, "SPLIT": shape.split,
+        "WEIGHT_STAGES": weights, "TOKEN_STAGES": stages, "TOKEN_STEPS": shape.token_steps,
         "BIAS": int("bias" in present), "RESIDUAL": int("residual" in present), "FP32": int(out.dtype == "fp32"),
     }
     args = ("tiles", "weight", *(name for name in ("bias", "residual") if name in present), "out0")

@@ -17,8 +17,9 @@ DEVICE u64 wgmma_operand(u32 address) {
     return SWIZZLE_128 | GROUP_STRIDE | (1 << 16) | (address & 0x3FFFF) >> 4;
 }
 
-// Wgmma<N>::multiply: d[64 x N] = a[64 x 16] b[16 x N] (+ d if `add`), b given as N rows of 16 columns. Warp w of the warpgroup, lane
-// 4g + c holds rows 16w + g (d[4j], d[4j + 1]) and 16w + g + 8 (d[4j + 2], d[4j + 3]) at columns 8j + 2c and 8j + 2c + 1.
+// Wgmma<N>::multiply: d[64 x N] = a[64 x 16] b[16 x N] (+ d if `add`), b given as N rows of 16 columns. Lane 4g + c of the
+// warpgroup's warp w holds rows 16w + g (d[4j], d[4j + 1]) and 16w + g + 8 (d[4j + 2], d[4j + 3]) at columns 8j + 2c and
+// 8j + 2c + 1.
 template <int n>
 struct Wgmma;  // n: N has become a macro in some kernels
 #define WGMMA_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7"
@@ -67,4 +68,5 @@ struct Wgmma;  // n: N has become a macro in some kernels
 WGMMA_SHAPE(16, 8, 9, 10) WGMMA_SHAPE(32, 16, 17, 18) WGMMA_SHAPE(48, 24, 25, 26) WGMMA_SHAPE(64, 32, 33, 34)
 WGMMA_SHAPE(80, 40, 41, 42) WGMMA_SHAPE(96, 48, 49, 50) WGMMA_SHAPE(112, 56, 57, 58) WGMMA_SHAPE(128, 64, 65, 66)
 WGMMA_SHAPE(144, 72, 73, 74) WGMMA_SHAPE(160, 80, 81, 82) WGMMA_SHAPE(176, 88, 89, 90) WGMMA_SHAPE(192, 96, 97, 98)
-WGMMA_SHAPE(208, 104, 105, 106) WGMMA_SHAPE(224, 112, 113, 114) WGMMA_SHAPE(240, 120, 121, 122) WGMMA_SHAPE(256, 128, 129, 130)
+WGMMA_SHAPE(208, 104, 105, 106) WGMMA_SHAPE(224, 112, 113, 114) WGMMA_SHAPE(240, 120, 121, 122)
+WGMMA_SHAPE(256, 128, 129, 130)
