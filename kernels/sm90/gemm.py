@@ -91,8 +91,9 @@ class Shape:
 def shapes(target: Target, tokens: int, features: int, inner: int) -> Iterator[Shape]:
     """All shapes that fit.
 
-    Up to 128 tokens are one tile, so that the weights are read once. A cluster that splits K takes one item only; its sizes are
-    those that fill groups of SMs (clusters of 3 and 5 ran in two rounds), its blocks have two slabs (three send too much).
+    Up to 128 tokens are one tile, so that the weights are read once. A cluster that splits K takes one item only; its
+    sizes are those that fill groups of SMs (clusters of 3 and 5 ran in two rounds), and its blocks have two slabs (three
+    send too much).
     """
     padded = cdiv(tokens, 16) * 16
     for slabs, widest, splits in ((2, 256, (1, 2, 4, 8)), (3, 192, (1,))):
