@@ -182,7 +182,8 @@ def other_weights(step: Step, layers: int) -> Step:
 
 def show(found: Mapping[str, Any]) -> None:
     print(f"\n  {found['bucket']}: {found['ms']:.3f} ms")
-    print(f"  {'operator':20} {'kernel':24} {'calls':>5} {'us each':>8} {'share':>6} {'TB/s':>5} {'TFLOP/s':>7} {'cublas':>8}")
+    print(f"  {'operator':20} {'kernel':24} {'calls':>5} {'us each':>8} {'share':>6} {'TB/s':>5} {'TFLOP/s':>7}"
+          f" {'cublas':>8}")
     for op in sorted(found["ops"], key=lambda op: -op["share"]):
         cells = [f"{'-':>{width}}" if op[key] is None else f"{op[key]:{width}.{digits}f}"
                  for key, width, digits in (("tb_s", 5, 2), ("tflop_s", 7, 1), ("cublas_us", 8, 2))]

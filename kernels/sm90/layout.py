@@ -15,5 +15,5 @@ SYMBOLS = {"tiles": "tiles", "mxfp4_gate_up": "mxfp4", "mxfp4_down": "mxfp4"}
 
 def launches(target: Target) -> dict[str, Launch]:
     """For each kind of layout the launch that makes it, of any shape."""
-    return {kind: cuda_launch("layout.cu", symbol, {}, ("parameters", "source", "scales", "out"), moved=0,
+    return {kind: cuda_launch(f"layout_{symbol}.cu", symbol, {}, ("parameters", "source", "scales", "out"), moved=0,
                               grid=8 * target.processors, threads=256) for kind, symbol in SYMBOLS.items()}
