@@ -25,6 +25,7 @@ constexpr u32 WEIGHTS_AT = TOKEN_STAGES * TOKEN_BYTES, PARTS_AT = WEIGHTS_AT + W
 constexpr u32 BARRIERS_AT = PARTS_AT + (SPLIT - 1) * PART_BYTES;
 static_assert(SHARED == BARRIERS_AT + (2 * WEIGHT_STAGES + 2 * TOKEN_STAGES + 1) * 8, "kernels/sm90/gemm.py disagrees");
 static_assert(INNER % 64 == 0 && FEATURES % 8 == 0 && WIDTH % 16 == 0 && (TOKEN_STEPS == 1 || TOKEN_TILES == 1), "");
+static_assert(SLABS == 2 || SLABS == 3, "the numbers of registers suit these");
 static_assert(SPLIT == 1 || ITEMS * SPLIT == GRID, "the parts' barrier serves one item");
 
 #if FP32
@@ -267,15 +268,6 @@ DEVICE void consume(WeightRing weights, TokenRing tokens, u32 parts, u32 parts_f
     }
 }
 
-// Wide tiles want more registers than a block of this size can have for each thread; producers need few.
-template <bool CONSUMER>
-DEVICE void share_registers() {
-    constexpr int COUNT = CONSUMER ? (SLABS == 3 ? 160 : 240) : (SLABS == 3 ? 32 : 24);
-    if constexpr (WIDTH <= 128 || SLABS == 1) return;
-    else if constexpr (CONSUMER) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-    else asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-
 #if SPLIT > 1
 #define CLUSTER_SHAPE __cluster_dims__(SPLIT, 1, 1)
 #else
@@ -319,11 +311,11 @@ extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(CONSUMERS + 128, 1) g
     __syncthreads();
     if constexpr (SPLIT > 1) cluster_arrive_relaxed();
     if (warp < 0) {
-        share_registers<true>();
+        if constexpr (WIDTH > 128) take_registers<SLABS == 3 ? 160 : 240>();  // more than so many threads get at the start
         wait_for_previous();  // for what is stored, and the residual
         consume(weights, tokens, base + PARTS_AT, parts_full, cluster, rank, bias, residual, out);
     } else {
-        share_registers<false>();
+        if constexpr (WIDTH > 128) keep_registers<SLABS == 3 ? 32 : 24>();
         if (threadIdx.x % 32) return;
         if (warp == PRODUCERS) {
             wait_for_previous();
