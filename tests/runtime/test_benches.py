@@ -150,7 +150,7 @@ def test_bytes_of_a_step(executor: CudaExecutor, monkeypatch: pytest.MonkeyPatch
     gpu = bench("gpu", monkeypatch)
     plan = executor.plans[Bucket.decode(3)]
     moe = next(step for step in plan.steps if step.op.startswith("moe"))
-    experts = sum(o.bytes for n, o in moe.operands.items() if n.startswith(("up", "down")) and isinstance(o, Operand))
+    experts = sum(o.bytes for n, o in moe.operands.items() if n in gpu.EXPERT_WEIGHTS and isinstance(o, Operand))
     assert gpu.step_bytes(CONFIG, moe, 100, 3) - gpu.step_bytes(CONFIG, moe, 100, 1) == experts * 2 // 4
     full = next(s for s in plan.steps if s.op == "rope_kv_attention" and s.operands["window"] == 0)
     windowed = next(s for s in plan.steps if s.op == "rope_kv_attention" and s.operands["window"] == 16)
