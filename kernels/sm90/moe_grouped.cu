@@ -10,8 +10,8 @@
 // publishes finished tiles, a warp fetches biases. So nobody who multiplies waits for device memory.
 //
 // Nothing here but pointers depends on the number of tokens. extent: {groups, rows of the activation tiles / 8}.
-// Defines: HIDDEN, INNER: multiples of 192; WIDEST, COARSE (see `served`); STAGES: of the ring, a divisor of HIDDEN / 64 and
-// of INNER / 64; BLOCKS: on a processor; SHARED: bytes; ALPHA, LIMIT.
+// Defines: HIDDEN, INNER: multiples of 192; WIDEST: a multiple of 8; STAGES: of the ring, a divisor of HIDDEN / 64 and of
+// INNER / 64; BLOCKS: on a processor; SHARED: bytes; ALPHA, LIMIT.
 #include "wgmma_registers.cuh"
 
 constexpr int SLABS = 3, SLAB = 2176;     // warpgroups that multiply; bytes of 64 weight rows x 64 columns
@@ -19,8 +19,8 @@ constexpr int TILES = 4;                  // of the ring of tile descriptors
 constexpr int GATE_UP_PARTS = 2 * INNER / 192, DOWN_PARTS = HIDDEN / 192;  // tiles a group
 constexpr int MULTIPLIERS = SLABS * 128, THREADS = MULTIPLIERS + 128;
 
-struct Group { int expert, start, rows, width; };
-struct Tile { int phase, group, part, expert, start, rows, width, atoms; };  // width 0: no more tiles
+struct Group { int expert, start, rows, unused; };
+struct Tile { int phase, group, part, expert, start, rows, atoms, unused; };  // rows 0: no more tiles
 
 // ---- shared memory: activations, weights, barriers, biases, tiles -------------------------------
 
@@ -196,26 +196,20 @@ DEVICE void run_tile(const Places& at, const Turn& turn, u32& parity, u16* h, u1
     barrier_arrive(at.taken(turn.slot));
 }
 
-// Widths that tiles have: multiples of 8, up to COARSE of 32.
-constexpr bool served(int n) { return n <= COARSE ? n % 32 == 0 : n % 8 == 0; }
-
+// A tile's width is its rows, rounded up to whole atoms.
 template <int N>
-DEVICE void run_tile_of_width(int width, const Places& at, const Turn& turn, u32& parity, u16* h, u16* y) {
-    if constexpr (N <= WIDEST) {
-        if constexpr (served(N))
-            if (width == N) return run_tile<N>(at, turn, parity, h, y);
-        run_tile_of_width<N + 8>(width, at, turn, parity, h, y);
-    }
+DEVICE void run_tile_of_width(int rows, const Places& at, const Turn& turn, u32& parity, u16* h, u16* y) {
+    if (rows <= N) run_tile<N>(at, turn, parity, h, y);
+    else if constexpr (N < WIDEST) run_tile_of_width<N + 8>(rows, at, turn, parity, h, y);
 }
 
 DEVICE void multiply_tiles(const Places& at, u16* h, u16* y) {
-    Turn turn;
     u32 parity = 0;
-    for (;; turn.next()) {
+    for (Turn turn;; turn.next()) {
         barrier_wait(at.posted(turn.slot), turn.parity);
-        const int width = tile_at(turn.slot).width;
-        if (width == 0) return;
-        run_tile_of_width<8>(width, at, turn, parity, h, y);
+        const int rows = tile_at(turn.slot).rows;
+        if (rows == 0) return;
+        run_tile_of_width<8>(rows, at, turn, parity, h, y);
     }
 }
 
@@ -233,13 +227,13 @@ DEVICE void stream_weights(const Places& at, const Group* groups, const int* ext
         const int following = atomicAdd(counter, 1);
         barrier_wait(at.taken(turn.slot), turn.parity ^ 1);
         if (i >= all) {
-            tile_at(turn.slot).width = 0;
+            tile_at(turn.slot).rows = 0;
             barrier_arrive(at.posted(turn.slot));
             return;
         }
         const int phase = i >= gate_up_tiles, j = phase ? i - gate_up_tiles : i, parts = phase ? DOWN_PARTS : GATE_UP_PARTS;
         const Group group = groups[j / parts];
-        tile_at(turn.slot) = {phase, j / parts, j % parts, group.expert, group.start, group.rows, group.width, atoms};
+        tile_at(turn.slot) = {phase, j / parts, j % parts, group.expert, group.start, group.rows, atoms, 0};
         barrier_arrive(at.posted(turn.slot));
         const int blocks = (phase ? INNER : HIDDEN) / 64;
         const char* from = (phase ? down : up) + ((long)group.expert * parts + j % parts) * blocks * WEIGHTS_STAGE;
@@ -264,7 +258,7 @@ DEVICE void stream_tokens(const Places& at, const char* x, const char* h, int* c
     for (;; turn.next()) {
         barrier_wait(at.posted(turn.slot), turn.parity);
         const Tile tile = tile_at(turn.slot);
-        if (tile.width == 0) break;
+        if (tile.rows == 0) break;
         barrier_arrive(at.taken(turn.slot));
         if (tile.phase) {
             while (load_acquire(finished + tile.group) < GATE_UP_PARTS) {}
@@ -293,7 +287,7 @@ DEVICE void publish(const Places& at, int* finished) {
     for (Turn turn;; turn.next()) {
         barrier_wait(at.posted(turn.slot), turn.parity);
         const Tile tile = tile_at(turn.slot);
-        if (tile.width == 0) return;
+        if (tile.rows == 0) return;
         barrier_wait(at.stored(turn.slot), turn.parity);
         if (tile.phase == 0) {
             fence_async_global();  // h is read by bulk copies
@@ -309,7 +303,7 @@ DEVICE void fetch_biases(const Places& at, const u16* up_bias, const u16* down_b
     for (Turn turn;; turn.next()) {
         barrier_wait(at.posted(turn.slot), turn.parity);
         const Tile tile = tile_at(turn.slot);
-        if (tile.width == 0) return;
+        if (tile.rows == 0) return;
 #pragma unroll
         for (int k = 0; k < SLABS; ++k) {
             const int slab = tile.part * SLABS + k;

@@ -1,11 +1,10 @@
 """moe_grouped with MXFP4 experts on Hopper: moe_route.cu, tile.cu and moe_grouped.cu.
 
-Four launches. The sort gives every (token, expert) pair a row of the activation tiles, expert by expert; the rows of x are
-normed into them; both projections run as one persistent launch; the last mixes the results. Buffers that they share:
+Four launches. The sort gives every (token, expert) pair a row of the activation tiles, expert by expert; x is normed into
+these rows; both projections run as one persistent launch; the last mixes the results. Buffers that they share:
 
-    rows [R] i32           the token of each row of the tiles, -1 where there is none
     place [T, A] i32       the row of each pair
-    groups [G, 4] i32      expert, first row, rows and width of each group, the tokens of a tile of the projections
+    groups [G, 4] i32      expert, first row and rows of each group, the tokens of a tile of the projections
     extent [2] i32         how many groups there are, and R / 8: the projections' machine code serves any number of tokens
     x_tiles, h_tiles       normed x and the SwiGLU's results as activation tiles
     y [R, H] bf16          the experts' results, row by row
@@ -34,25 +33,19 @@ SORT_THREADS, COMBINE_THREADS = 1024, 256
 
 @dataclass(frozen=True)
 class Variant:
-    """widest: tokens of a tile; coarse: up to which these are multiples of 32, then of 8; blocks: on a processor."""
+    """widest: tokens of a tile, a multiple of 8; blocks: on a processor."""
 
     widest: int
-    coarse: int
     blocks: int
 
 
 def variant(size: Sizes) -> Variant:
     """By the tokens that an expert has on average.
 
-    Few: narrow tiles, and two blocks on a processor that keep more loads in flight. Many: accumulators as wide as registers
-    allow, so that a weight is decoded for as many tokens as possible.
+    Few: two blocks on a processor keep more loads in flight; with so few registers 56 is the widest tile whose products
+    ptxas does not serialise. Many: a weight is decoded for as many tokens as leave room for nine stages.
     """
-    share = size.pairs / size.experts
-    if share <= 8:
-        return Variant(32, 0, 2)
-    if share <= 32:
-        return Variant(56, 0, 2)
-    return Variant(128, 32, 1) if share <= 96 else Variant(192, 96, 1)
+    return Variant(56, 2) if size.pairs <= 8 * size.experts else Variant(144, 1)
 
 
 def stages(target: Target, size: Sizes, chosen: Variant) -> int:
@@ -71,7 +64,7 @@ def most_rows(size: Sizes) -> int:
 def buffers(size: Sizes, chosen: Variant) -> dict[str, TensorSpec]:
     rows = most_rows(size)
     groups = size.pairs // chosen.widest + min(size.experts, size.pairs)
-    return {"rows": TensorSpec((rows,), "i32"), "place": TensorSpec((size.tokens, size.top_k), "i32"),
+    return {"place": TensorSpec((size.tokens, size.top_k), "i32"),
             "groups": TensorSpec((groups, 4), "i32"), "extent": TensorSpec((2,), "i32"),
             "x_tiles": activation_tiles(rows, size.hidden), "h_tiles": activation_tiles(rows, size.inner),
             "y": TensorSpec((rows, size.hidden), "bf16")}
@@ -85,12 +78,11 @@ def supports(target: Target, operands: Mapping[str, Operand]) -> bool:
 
 
 def sort_launch(size: Sizes, chosen: Variant, shared: Mapping[str, TensorSpec]) -> Launch:
-    written = {name: shared[name] for name in ("rows", "place", "groups", "extent")}
+    written = {name: shared[name] for name in ("place", "groups", "extent")}
     defines = {"SORT": 1, "TOKENS": size.tokens, "TOP_K": size.top_k, "EXPERTS": size.experts, "ROWS": most_rows(size),
-               "WIDEST": chosen.widest, "COARSE": chosen.coarse}
+               "WIDEST": chosen.widest}
     return cuda_launch("moe_route.cu", "moe_sort", defines, ("ids", *written), grid=cdiv(size.pairs, SORT_THREADS),
-                       threads=SORT_THREADS, common=written,
-                       moved=4 * size.pairs + shared["rows"].bytes + shared["place"].bytes)
+                       threads=SORT_THREADS, common=written, moved=8 * size.pairs)
 
 
 def experts_launch(target: Target, operands: Mapping[str, Operand], size: Sizes, chosen: Variant,
@@ -98,9 +90,9 @@ def experts_launch(target: Target, operands: Mapping[str, Operand], size: Sizes,
     """Triggers late, so that the mix may read before its wait what the launches before this one wrote."""
     depth = stages(target, size, chosen)
     bytes_ = depth * (chosen.widest * 128 + STAGE_WEIGHTS) + BESIDE_STAGES
-    defines = {"HIDDEN": size.hidden, "INNER": size.inner, "WIDEST": chosen.widest,
-               "COARSE": chosen.coarse, "STAGES": depth, "BLOCKS": chosen.blocks, "SHARED": bytes_,
-               "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit")}
+    defines = {"HIDDEN": size.hidden, "INNER": size.inner, "WIDEST": chosen.widest, "STAGES": depth,
+               "BLOCKS": chosen.blocks, "SHARED": bytes_, "ALPHA": number(operands, "alpha"),
+               "LIMIT": number(operands, "limit")}
     used = {name: shared[name] for name in ("x_tiles", "groups", "extent", "h_tiles", "y")}
     counters = TensorSpec((2 + shared["groups"].shape[0],), "i32")
     activations = 2 * size.pairs * (2 * size.hidden + 2 * size.inner)
@@ -126,7 +118,7 @@ def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, .
     chosen = variant(size)
     shared = buffers(size, chosen)
     return (sort_launch(size, chosen, shared),
-            tile_launch(target, operands, shared, "x_tiles", rows="rows", norm_weight="norm_weight",
+            tile_launch(target, operands, shared, "x_tiles", places="place", norm_weight="norm_weight",
                         eps=number(operands, "eps")),
             experts_launch(target, operands, size, chosen, shared),
             combine_launch(operands, size, shared))

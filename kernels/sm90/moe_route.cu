@@ -1,18 +1,14 @@
-// Before and behind the experts' products of many tokens (moe_grouped.cu): which rows of the tiles are whose, and the mix.
+// Before and behind the experts' products of many tokens (moe_grouped.cu): which row of the tiles is whose, and the mix.
 //
 // Pairs (token, expert) lie in the tiles expert by expert, tokens ascending. An expert's run begins at a multiple of 8, so
-// that it is whole atoms of the tiles. Defines: SORT, TOKENS, TOP_K; sort: EXPERTS, ROWS, WIDEST, COARSE; combine: HIDDEN,
-// THREADS.
+// that it is whole atoms of the tiles. Defines: SORT, TOKENS, TOP_K; sort: EXPERTS, ROWS, WIDEST; combine: HIDDEN, THREADS.
 #include "common.cuh"
 
 #if SORT
-constexpr int PAIRS = TOKENS * TOP_K, WARPS = 32;
-constexpr int CHUNKS = (PAIRS + WARPS * 32 - 1) / (WARPS * 32);  // of 32 pairs, that a warp ranks one after the other
-constexpr int AHEAD = CHUNKS < 8 ? CHUNKS : 8;                           // of which so many are fetched at once
+constexpr int PAIRS = TOKENS * TOP_K, WARPS = 32, THREADS = WARPS * 32, SLICES = (PAIRS + THREADS - 1) / THREADS;
+constexpr int AHEAD = SLICES < 8 ? SLICES : 8;  // slices whose ids are fetched at once
 
 DEVICE int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-// The width of the product's tile that serves n rows.
-DEVICE int width_of(int n) { return n <= COARSE ? up_to(n, 32) : up_to(n, 8); }
 
 // The sums of two values over this lane and those before it.
 DEVICE int2 inclusive_sums(int2 v, int lane) {
@@ -24,55 +20,54 @@ DEVICE int2 inclusive_sums(int2 v, int lane) {
     return v;
 }
 
-// rows[i]: the token of row i of the tiles, -1 where there is none. place[pair]: its row. groups[i]: {expert, first row,
-// rows, width} of a tile of the products. extent: how many of these, and atoms in a column of the tiles.
+// place[pair]: its row of the tiles. groups[i]: {expert, first row, rows, 0} of a tile of the products. extent: how many of
+// these, and atoms in a column of the tiles.
 //
-// Warp w ranks pairs w * CHUNKS * 32 ... among those of the same expert before them in its share; the counts of the warps
-// before it do the rest. Every block does all of that, for it is quick, but keeps only chunk blockIdx.x of each warp.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
-moe_sort(const int* ids, int* rows, int* place, int4* groups, int2* extent) {
-    __shared__ int counts[WARPS][EXPERTS], first_row[EXPERTS];
+// Block b places slice b of the pairs, a thread one. It counts each expert's pairs in the slices before and behind for
+// itself, which is quicker than to be told; within the slice, every warp ranks its pairs.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+moe_sort(const int* ids, int* place, int4* groups, int2* extent) {
+    __shared__ int counts[WARPS][EXPERTS];      // of this slice's pairs in each warp, then in those before it
+    __shared__ int before[EXPERTS], behind[EXPERTS], first_row[EXPERTS];
     __shared__ int2 totals[(EXPERTS + 31) / 32];
-    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    for (int e = lane; e < EXPERTS; e += 32) counts[warp][e] = 0;
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, slice = blockIdx.x;
+    for (int i = tid; i < WARPS * EXPERTS; i += THREADS) counts[0][i] = 0;
+    if (tid < EXPERTS) before[tid] = behind[tid] = 0;
+    __syncthreads();
     trigger_next();
     wait_for_previous();
-    __syncwarp();
 
-    int expert = -1, rank = 0;  // of the pair that this thread keeps
-    for (int first = 0; first < CHUNKS; first += AHEAD) {
+    int expert = -1;  // of the pair that this thread places
+    for (int first = 0; first < SLICES; first += AHEAD) {
         int ahead[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            const int pair = (warp * CHUNKS + first + i) * 32 + lane;
-            ahead[i] = first + i < CHUNKS && pair < PAIRS ? (int)load_4(ids + pair) : -1;
+            const int pair = (first + i) * THREADS + tid;
+            ahead[i] = pair < PAIRS ? (int)load_4(ids + pair) : -1;
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; ++i) {
-            const int e = ahead[i];
-            const u32 same = __match_any_sync(~0u, e), before = same & ((1u << lane) - 1);
-            const int found = e >= 0 ? counts[warp][e] : 0;
-            __syncwarp();
-            if (e >= 0 && before == 0) counts[warp][e] = found + __popc(same);
-            __syncwarp();
-            if (first + i == blockIdx.x) {
-                expert = e;
-                rank = found + __popc(before);
-            }
+            if (first + i == slice) expert = ahead[i];
+            else if (ahead[i] >= 0) atomicAdd(first + i < slice ? before + ahead[i] : behind + ahead[i], 1);
         }
     }
+    const u32 same = __match_any_sync(~0u, expert);
+    const int rank = __popc(same & ((1u << lane) - 1));
+    if (expert >= 0 && rank == 0) counts[warp][expert] = __popc(same);
     __syncthreads();
 
-    // Thread e turns expert e's counts into what the warps before found, and learns where its rows and its tiles begin.
+    // Thread e sums up expert e, and learns where its rows and its tiles begin.
     int count = 0, share = 8;  // rows of the expert, and of each of its tiles
     int2 sums = make_int2(0, 0);
     if (tid < EXPERTS) {
+        count = before[tid];
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) {
             const int found = counts[w][tid];
             counts[w][tid] = count;
             count += found;
         }
+        count += behind[tid];
         if (count > 0) {
             const int tiles = (count + WIDEST - 1) / WIDEST;
             share = up_to((count + tiles - 1) / tiles, 8);
@@ -95,20 +90,10 @@ moe_sort(const int* ids, int* rows, int* place, int4* groups, int2* extent) {
     if (tid < EXPERTS) first_row[tid] = start;
     __syncthreads();
 
-    if (expert >= 0) {
-        const int pair = (warp * CHUNKS + blockIdx.x) * 32 + lane, row = first_row[expert] + counts[warp][expert] + rank;
-        place[pair] = row;
-        rows[row] = pair / TOP_K;
-    }
-    if (blockIdx.x > 0) return;
-    if (tid < EXPERTS) {
-        for (int i = 0; i < own.y; ++i) {
-            const int valid = min(share, count - i * share);
-            groups[first_tile + i] = make_int4(tid, start + i * share, valid, width_of(valid));
-        }
-        for (int row = start + count; row < start + own.x; ++row) rows[row] = -1;
-    }
-    for (int row = all.x + tid; row < ROWS; row += WARPS * 32) rows[row] = -1;
+    if (expert >= 0) place[slice * THREADS + tid] = first_row[expert] + counts[warp][expert] + rank;
+    if (slice > 0 || tid >= EXPERTS) return;
+    for (int i = 0; i < own.y; ++i)
+        groups[first_tile + i] = make_int4(tid, start + i * share, min(share, count - i * share), 0);
     if (tid == 0) *extent = make_int2(all.y, ROWS / 8);
 }
 

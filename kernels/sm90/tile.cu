@@ -1,10 +1,11 @@
 // Rows of activations as the tiles that wgmma reads: [K/64][ATOMS] atoms of 8 rows x 64 columns, 1,024 bytes. In an atom
 // row r is 128 bytes, whose 16-byte chunk c lies at place c ^ r. Rows 8a .. 8b of 64 columns are then one piece of memory.
 //   y[i] = x[rows[i]], with NORM x * rsqrt(mean x^2 + EPS) * norm_weight in fp32, rounded once.
-// R: rows (with GATHER those of rows[]; -1 leaves the tile's row as it is); K: columns, a multiple of 64.
+// R: rows (with GATHER those of rows[]; -1 leaves the tile's row as it is); K: columns, a multiple of 64. COPIES: 0, or to
+// how many rows of the tiles each row goes, which places[] names.
 #include "common.cuh"
 
-constexpr int CHUNKS = K / 8, LOADS = (CHUNKS + 31) / 32, ATOMS = (R + 7) / 8, WARPS = THREADS / 32;
+constexpr int CHUNKS = K / 8, LOADS = (CHUNKS + 31) / 32, WARPS = THREADS / 32;
 
 // Is chunk 32 i + lane within the row?
 DEVICE bool inside(int i, int lane) { return i * 32 + lane < CHUNKS; }
@@ -28,6 +29,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tile(const u16* x,
 #endif
 #if NORM
                                                                    const u16* norm_weight,
+#endif
+#if COPIES
+                                                                   const int* places,
 #endif
                                                                    u16* tiles) {
     trigger_next();
@@ -61,10 +65,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tile(const u16* x,
             values[i] = uint4{scaled(values[i].x, factor, weight[i].x), scaled(values[i].y, factor, weight[i].y),
                               scaled(values[i].z, factor, weight[i].z), scaled(values[i].w, factor, weight[i].w)};
 #endif
-        // 32 chunks are four atoms of neighbouring column blocks, 128 bytes in each
-        u16* atom = tiles + (u64)(lane / 8 * ATOMS + row / 8) * 512 + row % 8 * 64 + (lane % 8 ^ row % 8) * 8;
+        const auto store = [&](int to) {  // 32 chunks are four atoms of neighbouring column blocks, 128 bytes in each
+            u16* atom = tiles + (u64)(lane / 8 * ATOMS + to / 8) * 512 + to % 8 * 64 + (lane % 8 ^ to % 8) * 8;
 #pragma unroll
-        for (int i = 0; i < LOADS; ++i)
-            if (inside(i, lane)) store_16(atom + (u64)i * (4 * ATOMS * 512), values[i]);
+            for (int i = 0; i < LOADS; ++i)
+                if (inside(i, lane)) store_16(atom + (u64)i * (4 * ATOMS * 512), values[i]);
+        };
+#if COPIES
+        for (int i = 0; i < COPIES; ++i) store((int)load_4(places + row * COPIES + i));
+#else
+        store(row);
+#endif
     }
 }

@@ -1,4 +1,4 @@
-// Matrix products of a warpgroup (wgmma) with A in registers, at every multiple of 8 tokens up to 192.
+// Matrix products of a warpgroup (wgmma) with A in registers, at every multiple of 8 tokens up to 144.
 #pragma once
 #include "wgmma.cuh"
 
@@ -11,9 +11,6 @@
 #define WGMMA_NAMES_104 WGMMA_NAMES_96 ", %48, %49, %50, %51"
 #define WGMMA_NAMES_120 WGMMA_NAMES_112 ", %56, %57, %58, %59"
 #define WGMMA_NAMES_136 WGMMA_NAMES_128 ", %64, %65, %66, %67"
-#define WGMMA_NAMES_152 WGMMA_NAMES_144 ", %72, %73, %74, %75"
-#define WGMMA_NAMES_168 WGMMA_NAMES_160 ", %80, %81, %82, %83"
-#define WGMMA_NAMES_184 WGMMA_NAMES_176 ", %88, %89, %90, %91"
 #define WGMMA_FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WGMMA_VALUES_8 WGMMA_FOUR(0)
 #define WGMMA_VALUES_24 WGMMA_VALUES_16, WGMMA_FOUR(8)
@@ -24,9 +21,6 @@
 #define WGMMA_VALUES_104 WGMMA_VALUES_96, WGMMA_FOUR(48)
 #define WGMMA_VALUES_120 WGMMA_VALUES_112, WGMMA_FOUR(56)
 #define WGMMA_VALUES_136 WGMMA_VALUES_128, WGMMA_FOUR(64)
-#define WGMMA_VALUES_152 WGMMA_VALUES_144, WGMMA_FOUR(72)
-#define WGMMA_VALUES_168 WGMMA_VALUES_160, WGMMA_FOUR(80)
-#define WGMMA_VALUES_184 WGMMA_VALUES_176, WGMMA_FOUR(88)
 
 // d[64 x N] += a[64 x 16] b[16 x N], d and b as in `Wgmma`. Of a, lane 4g + c of warp w holds rows 16w + g (a[0], a[2]) and
 // 16w + g + 8 (a[1], a[3]), columns 2c and 2c + 1 (a[0], a[1]) or these + 8. ptxas does not guard these registers: they must
@@ -48,5 +42,3 @@ WGMMA_REGISTERS(56, 28, 29, 30, 31, 32) WGMMA_REGISTERS(64, 32, 33, 34, 35, 36) 
 WGMMA_REGISTERS(80, 40, 41, 42, 43, 44) WGMMA_REGISTERS(88, 44, 45, 46, 47, 48) WGMMA_REGISTERS(96, 48, 49, 50, 51, 52)
 WGMMA_REGISTERS(104, 52, 53, 54, 55, 56) WGMMA_REGISTERS(112, 56, 57, 58, 59, 60) WGMMA_REGISTERS(120, 60, 61, 62, 63, 64)
 WGMMA_REGISTERS(128, 64, 65, 66, 67, 68) WGMMA_REGISTERS(136, 68, 69, 70, 71, 72) WGMMA_REGISTERS(144, 72, 73, 74, 75, 76)
-WGMMA_REGISTERS(152, 76, 77, 78, 79, 80) WGMMA_REGISTERS(160, 80, 81, 82, 83, 84) WGMMA_REGISTERS(168, 84, 85, 86, 87, 88)
-WGMMA_REGISTERS(176, 88, 89, 90, 91, 92) WGMMA_REGISTERS(184, 92, 93, 94, 95, 96) WGMMA_REGISTERS(192, 96, 97, 98, 99, 100)
