@@ -1,4 +1,4 @@
-"""Attention with sinks on Hopper: one kernel for decode steps (attention_decode.cu)."""
+"""Attention with sinks on Hopper: attention_decode.cu for decode steps, attention_extend.cu for prompts and mixed chunks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from gptoss_compile.target import Target
 
 KEYS = 16  # a block of keys, which a warp takes at once; it never straddles a page
 MAX_CLUSTER = 8  # the portable limit
+SEGMENT = 24  # tokens whose queries of one kv head a block attends for at once: three warpgroups
+MAX_TOKENS = 16384
 
 
 def _supports(target: Target, operands: Mapping[str, Operand], heads: int) -> bool:
@@ -33,19 +35,23 @@ def _constants(operands: Mapping[str, Operand], heads: int) -> dict[str, int | f
 
 
 def decode_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    """A short window is one block, each of its warps with one block of keys. Else a cluster of up to eight blocks shares a
-    (token, kv head), as long as that does not need more blocks than there are processors.
+    """A short window is one block's, a warp for each of its up to nine sixteens of keys, or, where there are many tokens,
+    for three. Else a cluster of up to eight blocks shares a (token, kv head), as long as that does not need more blocks than
+    there are processors; where even that leaves many idle, a block has more warps.
 
     Cost: the least, a context of one key.
     """
     qkv, heads = tensor(operands, "qkv"), _heads(operands)
     constants = _constants(operands, heads)
     tokens, pairs = qkv.shape[0], qkv.shape[0] * tensor(operands, "cache").shape[2]
-    blocks = cdiv(int(constants["REACH"]) - 1, KEYS) + 1  # the range need not start with a block
-    warps, depth, cluster = (blocks, 1, 1) if blocks <= 9 else (8, 2, 1)
-    while depth > 1 and cluster < MAX_CLUSTER and 2 * cluster * pairs <= target.processors and cluster * warps < blocks:
-        cluster *= 2
-    constants |= {"CTAS": cluster, "WARPS": warps, "DEPTH": depth, "MIN_BLOCKS": 2}
+    blocks, cluster = cdiv(int(constants["REACH"]) - 1, KEYS) + 1, 1  # the range need not start with a block
+    if blocks <= 9:
+        warps, depth, resident = (blocks, 1, 2) if pairs <= target.processors else (cdiv(blocks, 3), 3, 4)
+    else:
+        while cluster < MAX_CLUSTER and 2 * cluster * pairs <= target.processors:
+            cluster *= 2
+        warps, depth, resident = (16, 2, 1) if 2 * cluster * pairs <= target.processors else (8, 2, 2)
+    constants |= {"CTAS": cluster, "WARPS": warps, "DEPTH": depth, "MIN_BLOCKS": resident}
     out = TensorSpec((tokens, heads * 64), qkv.dtype)
     return (cuda_launch(
         "attention_decode.cu", "attention_decode", constants,
@@ -54,7 +60,34 @@ def decode_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Laun
         preloads=("cache", "table", "sequences", "positions", "sinks")),)
 
 
+def _extends(target: Target, operands: Mapping[str, Operand]) -> bool:
+    """Eight query heads a kv head, which fill the tiles; steps whose segments' starts fit in shared memory."""
+    tokens, heads, _ = tensor(operands, "q").shape
+    return _supports(target, operands, heads) and heads == 8 * tensor(operands, "cache").shape[2] and tokens <= MAX_TOKENS
+
+
+def extend_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    """A block a processor. A window's items have few keys, so smaller blocks of keys waste less.
+
+    Cost: half of the tokens' own sequence, the least a prompt's chunk can mean.
+    """
+    q = tensor(operands, "q")
+    tokens, heads, dim = q.shape
+    constants = _constants(operands, heads)
+    keys, kv_heads = min(tokens, int(constants["REACH"])), int(constants["KV"])
+    block, stages = (64, 6) if int(constants["REACH"]) <= 512 else (128, 6)
+    constants |= {"TOKENS": tokens, "SEGMENT": SEGMENT, "BLOCK": block, "STAGES": stages, "REGISTERS": 160,
+                  "COPIER_REGISTERS": 32, "GRID": min(target.processors, tokens * kv_heads)}
+    shared = 2 * SEGMENT * 8 * 2 * dim + stages * block * 2 * dim + 2 * (tokens + 1)
+    return (cuda_launch(
+        "attention_extend.cu", "attention_extend", constants,
+        ("q", "cache", "table", "sequences", "positions", "sinks", "out0"), grid=int(constants["GRID"]),
+        threads=16 * SEGMENT + 128, shared=shared, moved=2 * q.bytes + keys * 2 * q.bytes // tokens,
+        flops=2 * tokens * heads * dim * keys, promises=("HGMMA",), preloads=("sequences", "positions")),)
+
+
 SPECS = (
     KernelSpec("sm90_attention_decode", "rope_kv_attention",
                lambda target, operands: _supports(target, operands, _heads(operands)), decode_launch),
+    KernelSpec("sm90_attention_extend", "attention", _extends, extend_launch),
 )

@@ -157,7 +157,7 @@ attention_decode(const u16* qkv, const float* cos_sin, u16* cache, const int* ta
     const int rank = blockIdx.x % CTAS, kv_head = blockIdx.x / CTAS % KV, token = blockIdx.x / (CTAS * KV);
 
     const int position = load_4(positions + token);  // -1: padding, which sees and stores nothing
-    const int first = max(position - (REACH - 1), 0), worker = rank * WARPS + warp;
+    const int first = max(position - (REACH - 1), 0), worker = warp * CTAS + rank;
     const int blocks = position < 0 ? 0 : position / KEYS - first / KEYS + 1;
     Walk walk;
     walk.table = table + (long long)load_4(sequences + token) * P;
@@ -207,7 +207,7 @@ attention_decode(const u16* qkv, const float* cos_sin, u16* cache, const int* ta
     }
     if (threadIdx.x < GROUP) sink[threadIdx.x] = own_sink;
     __syncthreads();
-    if (warp == 0 && lane < 16 && blocks > 0 && rank == (blocks - 1) / WARPS % CTAS) {  // one of this block's warps has it
+    if (warp == 0 && lane < 16 && blocks > 0 && rank == (blocks - 1) % CTAS) {  // one of this block's warps has it
         u16* slot = cache + ((own_page * 2 * KV + kv_head) * PAGE + position % PAGE) * D + lane / 8 * VALUES;
         *(uint4*)(slot + lane % 8 * 8) = *(const uint4*)(own + lane * 8);
     }

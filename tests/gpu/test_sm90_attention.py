@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptoss_compile.kernels.attention import rope_kv_attention
+from gptoss_compile.kernels.attention import attention, rope_kv_attention
 from tests.gpu.harness import device, error, run_kernel
 
 DIM, PAGE, WINDOW = 64, 16, 128
@@ -118,3 +118,60 @@ def test_decode_full_ring(seed: int) -> None:
     torch.manual_seed(seed)
     check_decode([1000, 1007, 1008, 639, 640], 0, entries=40)
     check_decode([1000, 127, 128], WINDOW, entries=8)
+
+
+def check_extend(chunks: list[tuple[int, int]], window: int, *, padding: int = 0, heads: int = 64, kv_heads: int = 8,
+                 page: int = PAGE, want: str = "sm90_attention_extend") -> None:
+    """chunks: (tokens that are in the cache already, tokens of this step) of each sequence."""
+    device()
+    positions = [p for before, count in chunks for p in range(before, before + count)]
+    sequences = [s for s, (_, count) in enumerate(chunks) for _ in range(count)]
+    tokens, lengths = len(positions) + padding, [before + count for before, count in chunks]
+    entries = -(-(WINDOW + tokens) // page) + 1 if window else max(lengths) // page + 2
+    paged = Paged(lengths, [before for before, _ in chunks], entries, window, kv_heads, page)
+    arguments = {
+        "q": torch.randn(tokens, heads, DIM, device="cuda").bfloat16() * 2, "cache": paged.cache, "table": paged.table,
+        "sequences": torch.tensor([*sequences, *[sequences[-1]] * padding], dtype=torch.int32, device="cuda"),
+        "positions": torch.tensor([*positions, *[-1] * padding], dtype=torch.int32, device="cuda"),
+        "sinks": torch.randn(heads, device="cuda").bfloat16(), "window": window, "scale": DIM**-0.5}
+    (got,) = run_kernel("attention", arguments, want)
+    assert torch.isfinite(got).all()
+    at = 0
+    for s, (before, count) in enumerate(chunks):
+        expected = attention(arguments["q"][at:at + count].float(), paged.clean, paged.table[s:s + 1],
+                             torch.zeros(count, dtype=torch.int32, device="cuda"),
+                             torch.arange(before, before + count, dtype=torch.int32, device="cuda"),
+                             arguments["sinks"].float(), window, DIM**-0.5)
+        for token in {0, count // 2, count - 1}:
+            assert error(got[at + token], expected[token]) < 1e-2, f"token {token} of chunk {s}"
+        assert error(got[at:at + count], expected) < 5e-3, f"chunk {s}"
+        at += count
+
+
+@pytest.mark.parametrize("window", [0, WINDOW])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 23, 24, 25, 63, 64, 129, 1000])
+def test_extend_a_prompt(tokens: int, window: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_extend([(0, tokens)], window)
+
+
+@pytest.mark.parametrize("window", [0, WINDOW])
+def test_extend_mixed_chunks(window: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_extend([(0, 1), (5, 40), (1000, 1), (126, 5), (1023, 130), (4990, 24), (127, 1), (0, 49)], window, padding=30)
+    check_extend([(EDGES[int(i)], int(n)) for i, n in zip(torch.randint(len(EDGES), (40,)), torch.randint(1, 90, (40,)),
+                                                          strict=True)], window, padding=int(torch.randint(70, ())))
+
+
+@pytest.mark.parametrize("window", [0, WINDOW])
+def test_extend_late_chunk(window: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_extend([(6001, 700)], window, padding=3)
+    check_extend([(100, 3), (5000, 1)], window, padding=1)
+
+
+@pytest.mark.parametrize("page", [32, 128])
+def test_extend_other_shapes(page: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    for window in (0, 40, WINDOW):
+        check_extend([(77, 150), (3, 1), (300, 26)], window, heads=16, kv_heads=2, page=page)

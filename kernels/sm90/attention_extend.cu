@@ -1,0 +1,413 @@
+// attention of prompts and mixed chunks over the paged cache, with sinks: heads of 64 dims, bf16, eight query heads a kv
+// head.
+//
+// The tokens are cut into segments: runs of at most SEGMENT consecutive positions of a sequence. A segment and a kv head are
+// an item; each block of the grid takes items in turn, the last segments, which see most keys, first. The item's queries,
+// SEGMENT x 8 heads, are the rows of SEGMENT / 8 warpgroups, 64 each; they share the keys and values, BLOCK at a time, which
+// the first warpgroup gathers page by page into a ring of slots in shared memory. Row r of a warpgroup is head r % 8 of its
+// token r / 8: both rows g and g + 8 that lane 4g + t of a warp holds are head g, of two neighbouring tokens.
+//
+// The ring's order is the one of use: K0, K1, V0, K2, V1, ..., for while the tensor cores multiply the queries with K(i) and
+// the weights with V(i - 1), nothing else is to do; then the softmax of block i runs under the products of the other
+// warpgroups. What was read before the wait are step inputs only: rope_kv, just before, writes queries and cache.
+#include "wgmma.cuh"
+
+constexpr int D = 64, GROUP = 8, KEYS = 16, WARPGROUPS = SEGMENT / 8, WARPS = 4 * (WARPGROUPS + 1);
+constexpr float FACTOR = (float)SCALE * LOG2E;             // from q·k to the exponent of two
+constexpr int ROW = 2 * D, TILE = BLOCK * ROW, QUERIES = SEGMENT * GROUP * ROW;  // bytes
+constexpr long long PAGE_STRIDE = 2LL * KV * PAGE * D, VALUES = (long long)KV * PAGE * D;  // elements
+constexpr int LAG = STAGES - 2;  // slots that are being filled while none waits for them
+static_assert(Q == KV * GROUP && PAGE % KEYS == 0 && TOKENS <= 32 * 32 * WARPS && TOKENS < 65536);
+
+struct Barriers {
+    u64 full[STAGES], empty[STAGES], queries_empty[2];
+};
+
+struct Item {
+    int token, count, kv_head;  // tokens token ... token + count - 1
+    int position;               // of the first of them; -1: padding
+    int start, blocks;          // blocks of keys from position `start`, a multiple of KEYS, on
+
+    DEVICE int first() const { return max(position - (REACH - 1), 0); }  // the oldest key that one of them may see
+    DEVICE int last() const { return position + count - 1; }
+};
+
+DEVICE bool starts_segment(int t, int position, int sequence, int position_before, int sequence_before) {
+    if (t == 0) return true;
+    if (position < 0) return position_before >= 0 || t % SEGMENT == 0;
+    return position != position_before + 1 || sequence != sequence_before || position % SEGMENT == 0;
+}
+
+// Fills starts[] with the segments' first tokens and TOKENS behind them; returns how many there are.
+DEVICE int find_segments(u16* starts, int* counts, const int* sequences, const int* positions) {
+    constexpr int LOTS = (TOKENS + 32 * WARPS - 1) / (32 * WARPS);  // of 32 tokens, a warp
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, base = warp * LOTS * 32;
+    int position[LOTS + 1], sequence[LOTS + 1];  // [0]: lane 31's is the token before the warp's first
+    position[0] = base > 0 && base <= TOKENS ? load_4(positions + base - 1) : 0;
+    sequence[0] = base > 0 && base <= TOKENS ? load_4(sequences + base - 1) : 0;
+#pragma unroll
+    for (int i = 0; i < LOTS; i++) {
+        const int t = min(base + 32 * i + lane, TOKENS - 1);
+        position[i + 1] = load_4(positions + t), sequence[i + 1] = load_4(sequences + t);
+    }
+    u32 flags = 0;  // lane i: of lot i
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < LOTS; i++) {
+        const int t = base + 32 * i + lane, before = (lane + 31) % 32;
+        const int position_before = __shfl_sync(~0u, lane == 31 ? position[i] : position[i + 1], before);
+        const int sequence_before = __shfl_sync(~0u, lane == 31 ? sequence[i] : sequence[i + 1], before);
+        const u32 lot = __ballot_sync(~0u, t < TOKENS && starts_segment(t, position[i + 1], sequence[i + 1], position_before,
+                                                                   sequence_before));
+        flags = lane == i ? lot : flags;
+        count += __popc(lot);
+    }
+    if (lane == 0) counts[warp] = count;
+    __syncthreads();
+    int total = 0, place = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) {
+        place = i == warp ? total : place;
+        total += counts[i];
+    }
+#pragma unroll 1
+    for (int i = 0; i < LOTS; i++) {
+        const u32 lot = __shfl_sync(~0u, flags, i);
+        if (lot >> lane & 1) starts[place + __popc(lot & ((1u << lane) - 1))] = base + 32 * i + lane;
+        place += __popc(lot);
+    }
+    if (threadIdx.x == 0) starts[total] = TOKENS;
+    __syncthreads();
+    return total;
+}
+
+// The block's item of a round, in a snake, so that no block always has the longer one; -1: none.
+DEVICE int item_index(int round, int items) {
+    const int turn = round * GRID + (round % 2 ? GRID - 1 - (int)blockIdx.x : (int)blockIdx.x);
+    return items - 1 - turn;
+}
+
+DEVICE Item item_at(int index, const u16* starts, const int* positions) {
+    Item item;
+    item.token = starts[index / KV], item.count = starts[index / KV + 1] - item.token, item.kv_head = index % KV;
+    item.position = load_4(positions + item.token);
+    item.start = item.first() / KEYS * KEYS;
+    item.blocks = item.position < 0 ? 0 : (item.last() - item.start) / BLOCK + 1;
+    return item;
+}
+
+struct Ring {
+    u32 tiles, full, empty;
+    int slot = 0;
+    u32 phase = 0;
+
+    DEVICE u32 tile() const { return tiles + slot * TILE; }
+    DEVICE void next() {
+        if (++slot == STAGES) slot = 0, phase ^= 1;
+    }
+};
+
+// ---- the warpgroup that copies -------------------------------------------------------------------
+
+DEVICE void copy_or_zero(u32 shared, const void* global, bool inside) {
+    const int bytes = inside ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+struct Copier {
+    Ring ring;
+    int behind = 0;  // slots whose copies are under way, the last ones before ring.slot
+
+    // All slots but the last LEFT are full for those who wait.
+    template <int LEFT>
+    DEVICE void announce() {
+        asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+        fence_async_proxy();
+        for (; behind > LEFT; behind--) barrier_arrive(ring.full + 8 * ((ring.slot + STAGES - behind) % STAGES));
+    }
+    DEVICE void acquire(u32 barrier, u32 parity) {
+        if (barrier_test(barrier, parity)) return;
+        announce<0>();  // who is to empty it may wait for them
+        barrier_wait(barrier, parity);
+    }
+    DEVICE void finish() {
+        commit_copies();
+        ring.next();
+        behind++;
+        if (behind > LAG) announce<LAG>();
+    }
+    // Keys (or values) start ... start + BLOCK - 1, of which those outside first ... last, which nobody sees, become zero.
+    // pages: lane i has the page of keys start + 16 i ...
+    DEVICE void copy_block(const u16* head, int pages, int start, int first, int last) {
+        const int row = threadIdx.x / 8, chunk = threadIdx.x % 8;
+        const u32 to = ring.tile() + row * ROW + (chunk ^ row % 8) * 16;
+#pragma unroll
+        for (int i = 0; i < BLOCK / KEYS; i++) {
+            const int key = start + i * KEYS + row;
+            const u16* from = head + __shfl_sync(~0u, pages, i) * PAGE_STRIDE + key % PAGE * D + chunk * 8;
+            copy_or_zero(to + i * KEYS * ROW, from, key >= first && key <= last);
+        }
+    }
+    DEVICE void copy_queries(u32 to, const u16* q, int count) {
+#pragma unroll
+        for (int i = 0; i < SEGMENT / 2; i++) {
+            const int row = i * 16 + threadIdx.x / 8, chunk = threadIdx.x % 8;
+            const bool inside = row / GROUP < count;
+            copy_or_zero(to + row * ROW + (chunk ^ row % 8) * 16,
+                         q + (inside ? (row / GROUP * Q + row % GROUP) * D + chunk * 8 : 0), inside);
+        }
+    }
+};
+
+DEVICE void copy_all(Ring ring, u32 queries, u32 queries_empty, const u16* starts, int items, const u16* q, const u16* cache,
+                     const int* table, const int* sequences, const int* positions) {
+    Copier copier{ring};
+    int used = 0;  // items that had keys
+#pragma unroll 1
+    for (int round = 0; round * GRID < items; round++) {
+        const int index = item_index(round, items);
+        if (index < 0) continue;
+        const Item item = item_at(index, starts, positions);
+        if (item.blocks == 0) continue;
+        const int* pages_of = table + (long long)load_4(sequences + item.token) * P;
+        auto fetch = [&](int block) {
+            const int key = item.start + block * BLOCK + (int)threadIdx.x % 32 * KEYS;
+            return threadIdx.x % 32 < BLOCK / KEYS && key <= item.last() ? (int)load_4(pages_of + (u32)key / PAGE % P) : 0;
+        };
+        copier.acquire(queries_empty + used % 2 * 8, (used / 2 & 1) ^ 1);
+        copier.copy_queries(queries + used % 2 * QUERIES, q + (item.token * Q + item.kv_head * GROUP) * D, item.count);
+        used++;
+        const u16* head = cache + item.kv_head * PAGE * D;
+        int before = 0, now = fetch(0);
+#pragma unroll 1
+        for (int block = 0; block <= item.blocks; block++) {
+            const int ahead = fetch(block + 1), start = item.start + block * BLOCK;
+            if (block < item.blocks) {
+                copier.acquire(copier.ring.empty + 8 * copier.ring.slot, copier.ring.phase ^ 1);
+                copier.copy_block(head, now, start, item.first(), item.last());
+                copier.finish();
+            }
+            if (block > 0) {
+                copier.acquire(copier.ring.empty + 8 * copier.ring.slot, copier.ring.phase ^ 1);
+                copier.copy_block(head + VALUES, before, start - BLOCK, item.first(), item.last());
+                copier.finish();
+            }
+            before = now, now = ahead;
+        }
+    }
+    copier.announce<0>();
+}
+
+// ---- the warpgroups that compute -----------------------------------------------------------------
+
+// What an asynchronous product writes or reads is not touched before this point.
+template <int COUNT>
+DEVICE void settle(float (&x)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int COUNT>
+DEVICE void settle(u32 (&x)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) asm volatile("" : "+r"(x[i])::"memory");
+}
+
+// d[64 x 64] += a[64 x 16] b[16 x 64], a in registers, b given as 16 rows of 64 columns
+DEVICE void multiply_values(float (&d)[32], const u32* a, u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WGMMA_NAMES_64
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : WGMMA_VALUES_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+struct Attention {
+    Ring ring;
+    float scores[BLOCK / 2], out[32];  // columns 8j + 2t, 8j + 2t + 1: row g at 4j, 4j + 1, row g + 8 at 4j + 2, 4j + 3
+    u32 weights[BLOCK / 4];            // as A fragments, four a 16 keys
+    float top[2], sum[2], shrink[2];   // of rows g and g + 8; sum: of this lane's columns
+
+    DEVICE void await() { barrier_wait(ring.full + 8 * ring.slot, ring.phase); }
+    DEVICE void release(int slot) {
+        if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty + 8 * slot);
+    }
+    DEVICE void skip(int slots) {
+#pragma unroll 1
+        for (; slots > 0; slots--) {
+            await();
+            release(ring.slot);
+            ring.next();
+        }
+    }
+    DEVICE void multiply_keys(u64 queries) {
+        const u64 keys = wgmma_operand(ring.tile());
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) Wgmma<BLOCK>::multiply(scores, queries + 2 * k, keys + 2 * k, k > 0);
+        wgmma_commit();
+    }
+    DEVICE void multiply_weights() {
+        const u64 values = wgmma_operand(ring.tile());
+#pragma unroll
+        for (int k = 0; k < BLOCK / 16; k++) multiply_values(out, weights + 4 * k, values + k * (16 * ROW / 16));
+        wgmma_commit();
+    }
+    // Scores of keys start ... to weights, in place. position: of row g's token; the one of row g + 8 is the next.
+    DEVICE void soften(int start, int position) {
+        const int column = start + threadIdx.x % 4 * 2;
+        if (start + BLOCK - 1 > position || start <= position + 1 - REACH) {
+#pragma unroll
+            for (int i = 0; i < BLOCK / 2; i++) {
+                const int age = position + i / 2 % 2 - (column + i / 4 * 8 + i % 2);
+                if (age < 0 || age >= REACH) scores[i] = -INFINITE;
+            }
+        }
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            float greatest = scores[2 * row];
+#pragma unroll
+            for (int i = 0; i < BLOCK / 8; i++)
+                greatest = fmaxf(greatest, fmaxf(scores[4 * i + 2 * row], scores[4 * i + 2 * row + 1]));
+            greatest = fmaxf(greatest, __shfl_xor_sync(~0u, greatest, 1));
+            greatest = fmaxf(fmaxf(greatest, __shfl_xor_sync(~0u, greatest, 2)) * FACTOR, top[row]);
+            shrink[row] = exp2_fast(top[row] - greatest);
+            top[row] = greatest;
+            float total = 0.f;
+#pragma unroll
+            for (int i = 0; i < BLOCK / 4; i++) {
+                float& score = scores[i / 2 * 4 + 2 * row + i % 2];
+                score = exp2_fast(fmaf(score, FACTOR, -greatest));
+                total += score;
+            }
+            sum[row] = fmaf(sum[row], shrink[row], total);
+        }
+    }
+    DEVICE void pack() {
+#pragma unroll
+        for (int i = 0; i < BLOCK / 4; i++) weights[i] = pack_bf16(scores[2 * i], scores[2 * i + 1]);
+    }
+
+    // The blocks first ... last of an item; the others are passed by. position: see `soften`.
+    DEVICE void run(const Item& item, int first, int last, int position, u64 queries, u32 queries_empty) {
+        skip(max(2 * first - 1, 0));
+        await();
+        wgmma_fence();
+        multiply_keys(queries);
+        wgmma_wait<0>();
+        settle(scores);
+        release(ring.slot);
+        ring.next();
+        soften(item.start + first * BLOCK, position);
+        pack();
+        if (first > 0) skip(1);
+        await();
+#pragma unroll 1
+        for (int block = first + 1; block <= last; block++) {
+            const int keys = ring.slot;
+            wgmma_fence();
+            multiply_keys(queries);
+            ring.next();
+            await();
+            wgmma_fence();
+            multiply_weights();
+            wgmma_wait<1>();
+            settle(scores);
+            release(keys);
+            soften(item.start + block * BLOCK, position);
+            settle(scores);
+            const int values = ring.slot;
+            ring.next();
+            await();  // the next slot, here because ptxas would move the wait below to before the softmax, but for a loop
+            wgmma_wait<0>();
+            settle(out);
+            settle(weights);
+            release(values);
+#pragma unroll
+            for (int i = 0; i < 32; i++) out[i] *= shrink[i / 2 % 2];
+            pack();
+        }
+        if (threadIdx.x % 32 == 0) barrier_arrive(queries_empty);
+        if (last < item.blocks - 1) skip(1);
+        await();
+        wgmma_fence();
+        multiply_weights();
+        wgmma_wait<0>();
+        settle(out);
+        release(ring.slot);
+        ring.next();
+        skip(2 * (item.blocks - 1 - last) - (last < item.blocks - 1));
+    }
+};
+
+DEVICE void attend_all(Ring ring, u32 queries, u32 queries_empty, const u16* starts, int items, const u16* sinks,
+                       const int* positions, u16* out) {
+    const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // tells the compiler that it is uniform
+    const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    Attention state;
+    state.ring = ring;
+    int used = 0;
+#pragma unroll 1
+    for (int round = 0; round * GRID < items; round++) {
+        const int index = item_index(round, items);
+        if (index < 0) continue;
+        const Item item = item_at(index, starts, positions);
+        const float sink = load_bf16(sinks + item.kv_head * GROUP + g) * LOG2E;
+#pragma unroll
+        for (int i = 0; i < 32; i++) state.out[i] = 0.f;
+#pragma unroll
+        for (int row = 0; row < 2; row++) state.top[row] = sink, state.sum[row] = t == 0 ? 1.f : 0.f;
+        const int tokens = min(item.count - 8 * group, 8), newest = item.position + 8 * group + tokens - 1;
+        const u32 empty = queries_empty + used % 2 * 8;
+        if (item.blocks > 0 && tokens > 0) {
+            const int oldest = max(item.position + 8 * group - (REACH - 1), 0);
+            state.run(item, (oldest - item.start) / BLOCK, (newest - item.start) / BLOCK,
+                      item.position + 8 * group + 2 * warp,
+                      wgmma_operand(queries + used % 2 * QUERIES + group * 64 * ROW), empty);
+        } else if (item.blocks > 0) {
+            state.skip(2 * item.blocks);
+            if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+        }
+        used += item.blocks > 0;
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            float sum = state.sum[row];
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            const float factor = __fdividef(1.f, sum);
+            const int token = 8 * group + 2 * warp + row;
+            u32* to = (u32*)(out + ((item.token + token) * Q + item.kv_head * GROUP + g) * D) + t;
+            if (token < item.count) {
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    to[4 * i] = pack_bf16(state.out[4 * i + 2 * row] * factor, state.out[4 * i + 2 * row + 1] * factor);
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
+attention_extend(const u16* q, const u16* cache, const int* table, const int* sequences, const int* positions,
+                 const u16* sinks, u16* out) {
+    extern __shared__ __align__(1024) char memory[];  // queries twice, the ring's slots, starts
+    __shared__ Barriers barriers;
+    __shared__ int counts[WARPS];
+    trigger_next();
+    const u32 queries = shared_address(memory), empty = shared_address(barriers.queries_empty);
+    u16* starts = (u16*)(memory + 2 * QUERIES + STAGES * TILE);
+    const Ring ring = {queries + 2 * QUERIES, shared_address(barriers.full), shared_address(barriers.empty)};
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(ring.full + 8 * i, 128);
+            barrier_init(ring.empty + 8 * i, 4 * WARPGROUPS);
+        }
+        for (int i = 0; i < 2; i++) barrier_init(empty + 8 * i, 4 * WARPGROUPS);
+        fence_barrier_init();
+    }
+    const int items = KV * find_segments(starts, counts, sequences, positions);
+    wait_for_previous();
+    if (__shfl_sync(~0u, threadIdx.x / 128, 0) == 0) {
+        keep_registers<COPIER_REGISTERS>();
+        copy_all(ring, queries, empty, starts, items, q, cache, table, sequences, positions);
+    } else {
+        take_registers<REGISTERS>();
+        attend_all(ring, queries, empty, starts, items, sinks, positions, out);
+    }
+}
