@@ -17,47 +17,41 @@ constexpr int SLAB = 2176, STAGE = 3 * SLAB;  // bytes; three slabs of one k-blo
 constexpr int PARTS = 3;                      // warps that share a unit
 #if DOWN
 constexpr int K = INNER, ROWS = HIDDEN;
-constexpr int UNITS = TOP_K % 2 ? 1 : 2, GROUPS = TOP_K / UNITS;  // a block has one unit of each expert
-constexpr int CHAINS = 2, MAX_RING = 30, EXPERTS = UNITS, WARPS_A_PROCESSOR = 12;
+constexpr int SPLIT = TOP_K % 2 ? 1 : 2, OWN = TOP_K / SPLIT;  // blocks of a cluster and the experts of each
+constexpr int GROUPS = OWN, UNITS = 1;                        // a block has one unit of each of its experts
+constexpr int CHAINS = 2;  // sums of a unit: two mma in turn, so that neither waits for the other
 #else
 constexpr int K = HIDDEN, ROWS = 2 * INNER;
 constexpr int GROUPS = 2, UNITS = 2;  // a block has the four units of a slab
-constexpr int CHAINS = 1, MAX_RING = 15, EXPERTS = 1, WARPS_A_PROCESSOR = 18;
+constexpr int CHAINS = 1;  // two units take turns
 #endif
 constexpr int WARPS = PARTS * GROUPS, THREADS = 32 * WARPS;
-constexpr int RESIDENT = WARPS < WARPS_A_PROCESSOR ? WARPS_A_PROCESSOR / WARPS : 1;  // blocks of a processor
-constexpr int BLOCKS = K / 64 / PARTS;  // k-blocks of a warp, of each of its units
-constexpr int WORDS = (BLOCKS + 3) / 4;  // scale words of a lane and unit: one serves four k-blocks
-constexpr int LOADS = UNITS * BLOCKS, RING = LOADS < MAX_RING ? LOADS : MAX_RING;
+constexpr int RESIDENT = WARPS < 18 ? 18 / WARPS : 1;  // blocks of a processor: 18 warps have 96 registers a thread
+constexpr int BLOCKS = K / 64 / PARTS;                 // k-blocks of a warp, of each of its units
+constexpr int WORDS = (BLOCKS + 3) / 4;                // scale words of a lane and unit: one serves four k-blocks
+constexpr int LOADS = UNITS * BLOCKS, RING = LOADS < 15 ? LOADS : 15;
 constexpr long EXPERT = (long)(ROWS / 192) * (K / 64) * STAGE;  // bytes
 constexpr float UP = 18446744073709551616.f, DOWNSCALE = 1 / UP;  // 2^64
 
-// A warp's weights in flight: load n is k-block n / UNITS of unit n % UNITS. The units are neighbours in one expert
-// (gate_up) or the same rows of several experts (down).
+// A warp's weights in flight: load n is k-block n / UNITS of unit n % UNITS. The units are neighbours in a slab.
 struct Weights {
-    const char* values[EXPERTS];  // the lane's 16 bytes of the first k-block
+    const char* values;  // the lane's 16 bytes of the first k-block
     uint4 ring[RING];
     u32 scales[UNITS][WORDS];
 
-    static constexpr bool NEIGHBOURS = EXPERTS == 1;
+    DEVICE void load(int n) { ring[n % RING] = load_weight(values + n % UNITS * 512 + n / UNITS * STAGE); }
 
-    DEVICE void load(int n) {
-        const int u = n % UNITS;
-        ring[n % RING] = load_weight((NEIGHBOURS ? values[0] + u * 512 : values[u % EXPERTS]) + n / UNITS * STAGE);
-    }
-
-    // slab[e]: the first k-block of this warp's third in expert e; warp: which of the slab's four the first unit belongs to.
-    DEVICE void start(const char* const (&slab)[EXPERTS], int warp, int lane) {
+    // slab: the first k-block of this warp's third; first: which of the slab's four units is the first.
+    DEVICE void start(const char* slab, int first, int lane) {
         const int g = lane / 4, t = lane % 4;
+        values = slab + first * 512 + lane * 16;
+        const char* words = slab + 2048 + first * 32 + g * 4 + t * STAGE;
 #pragma unroll
-        for (int e = 0; e < EXPERTS; ++e) values[e] = slab[e] + warp * 512 + lane * 16;
-#pragma unroll
-        for (int u = 0; u < UNITS; ++u) {
-            const char* words = slab[u % EXPERTS] + 2048 + (warp + (NEIGHBOURS ? u : 0)) * 32 + g * 4 + t * STAGE;
+        for (int u = 0; u < UNITS; ++u)
 #pragma unroll
             for (int q = 0; q < WORDS; ++q)  // k-blocks beyond the third have a zero sum and need a finite scale
-                scales[u][q] = 4 * q + 3 < BLOCKS || 4 * q + t < BLOCKS ? load_weight_word(words + 4 * q * STAGE) : 0;
-        }
+                scales[u][q] =
+                    4 * q + 3 < BLOCKS || 4 * q + t < BLOCKS ? load_weight_word(words + u * 32 + 4 * q * STAGE) : 0;
 #pragma unroll
         for (int n = 0; n < RING; ++n) load(n);
     }
@@ -85,22 +79,21 @@ DEVICE void add_scaled(float (&sum)[2], float (&c)[CHAINS][4], u32 scales) {
     }
 }
 
-// The warp's third of its units' products with their vectors, into partial[u][row].
-// vector[u]: where this warp's third of unit u's vector begins in shared memory; zero: 128 bytes of zeros there.
-DEVICE void multiply(Weights& weights, const u32 (&vector)[UNITS], u32 zero, int lane, float (*partial)[16]) {
+// The warp's third of its units' products with a vector, into partial[u][row].
+// vector: where this warp's third begins in shared memory; zero: 128 bytes of zeros there.
+DEVICE void multiply(Weights& weights, u32 vector, u32 zero, int lane, float (*partial)[16]) {
     // ldmatrix: lane 8m + r gives column r of 8 rows m of a block: zeros, but for the block's column. They are read from
     // other banks than the vector's chunk, whose place modulo 8 is m or m + 4.
     const int column = lane % 8, matrix = lane / 8;
     zero += (matrix + 1) * 16;
+    vector += column * 64 + matrix * 16;
     float c[UNITS][CHAINS][4] = {}, sum[UNITS][2] = {};
 #pragma unroll
     for (int block = 0; block < 2 * BLOCKS; ++block) {
-        uint4 b;
+        const uint4 b = load_matrices(column == block % 8 ? vector + block / 8 * 512 : zero);
 #pragma unroll
         for (int u = 0; u < UNITS; ++u) {
             const int n = block / 2 * UNITS + u;
-            const u32 own = vector[u] + column * 64 + matrix * 16 + block / 8 * 512;
-            if (DOWN || u == 0) b = load_matrices(column == block % 8 ? own : zero);
             const uint4 w = weights.ring[n % RING];
             multiply_block(c[u], block % 2 ? w.z : w.x, block % 2 ? w.w : w.y, b);
             if (block % 2 && n + RING < LOADS) weights.load(n + RING);
@@ -165,10 +158,9 @@ moe_gate_up(const u16* x, const u16* norm_weight, const int* ids, const char* we
     const int expert = load_4(ids + pair);
     const char* at = weight + expert * EXPERT + ((slab / 3 * (K / 64) + part * BLOCKS) * 3 + slab % 3) * (long)SLAB;
     Weights weights;
-    weights.start({at}, first, lane);
+    weights.start(at, first, lane);
     if (tid < 32) copy_4_async(shared_address(&biases[lane]), bias + ((long)expert * INNER + slab * 32 + lane) * 2);
-    const u32 third = vector + part * BLOCKS * 128;
-    multiply(weights, {third, third}, zero, lane, &partial[part][first]);
+    multiply(weights, vector + part * BLOCKS * 128, zero, lane, &partial[part][first]);
     __syncthreads();
     if (tid < 32) {  // feature i of unit u: gate is row i, up row i + 8
         const int u = lane / 8, i = lane % 8;
@@ -188,79 +180,93 @@ moe_gate_up(const u16* x, const u16* norm_weight, const int* ids, const char* we
     }
 }
 #else
-// Block (token, unit), unit fastest: 16 features of one token, over all its experts. All but h is read before the wait.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+// Cluster (token, unit), unit fastest: 16 features of one token; each block has its share of the experts, and the first adds
+// up. All but h is read before the wait.
+#if TOP_K % 2
+#define CLUSTER
+#else
+#define CLUSTER __cluster_dims__(2, 1, 1)
+#endif
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, RESIDENT)
 moe_down(const u16* h, const int* ids, const float* probs, const char* weight, const u16* bias, const u16* residual,
          u16* out) {
-    __shared__ float partial[PARTS][TOP_K][16], shares[TOP_K];
-    __shared__ __align__(16) u16 biases[TOP_K][16], residuals[16];
-    const int tid = threadIdx.x, lane = tid % 32, part = tid / 32 % PARTS, first = tid / 32 / PARTS * UNITS;
-    const int token = blockIdx.x / (ROWS / 16), unit = blockIdx.x % (ROWS / 16), slab = unit / 4;
-    const u32 vectors = shared_address(shared), zero = vectors + TOP_K * K * 2;
+    __shared__ float partial[PARTS][OWN][16], shares[OWN];
+    __shared__ __align__(16) u16 biases[OWN][16], residuals[16];
+    __shared__ __align__(8) float received[16];
+    __shared__ u64 arrival;
+    const int tid = threadIdx.x, lane = tid % 32, part = tid / 32 % PARTS, own = tid / 32 / PARTS;
+    const int rank = blockIdx.x % SPLIT, place = blockIdx.x / SPLIT;
+    const int token = place / (ROWS / 16), unit = place % (ROWS / 16), slab = unit / 4;
+    const int pair = token * TOP_K + rank * OWN + own;
+    const u32 vector = shared_address(shared) + own * K * 2, zero = shared_address(shared) + OWN * K * 2;
+    const u32 barrier = shared_address(&arrival);
 
     trigger_next();
-    int expert[UNITS];
-#pragma unroll
-    for (int u = 0; u < UNITS; ++u) expert[u] = load_4(ids + token * TOP_K + first + u);
-    const char* at[UNITS];
-    const long offset = ((slab / 3 * (K / 64) + part * BLOCKS) * 3 + slab % 3) * (long)SLAB;
-#pragma unroll
-    for (int u = 0; u < UNITS; ++u) at[u] = weight + expert[u] * EXPERT + offset;
+    const int expert = load_4(ids + pair);
+    if (SPLIT == 2) {
+        if (tid == 0 && rank == 0) {
+            barrier_init(barrier, 1);
+            fence_barrier_init();
+            barrier_expect(barrier, sizeof(received));
+        }
+        __syncwarp();
+        cluster_arrive_relaxed();
+    }
+    const char* at = weight + expert * EXPERT + ((slab / 3 * (K / 64) + part * BLOCKS) * 3 + slab % 3) * (long)SLAB;
     Weights weights;
     weights.start(at, unit % 4, lane);
     // What the end needs comes asynchronously: a register that waits for it would wait for the weights before it, too.
     if (part == 0 && lane < 2)
-#pragma unroll
-        for (int u = 0; u < UNITS; ++u)
-            copy_16_async(shared_address(&biases[first + u][lane * 8]),
-                          bias + (long)expert[u] * HIDDEN + unit * 16 + lane * 8);
-    if (tid < 2) copy_16_async(shared_address(&residuals[tid * 8]), residual + blockIdx.x * 16 + tid * 8);
-    if (tid < TOP_K) copy_4_async(shared_address(&shares[tid]), probs + token * TOP_K + tid);
+        copy_16_async(shared_address(&biases[own][lane * 8]), bias + (long)expert * HIDDEN + unit * 16 + lane * 8);
+    if (part == 0 && lane == 2) copy_4_async(shared_address(&shares[own]), probs + pair);
+    if (tid < 2) copy_16_async(shared_address(&residuals[tid * 8]), residual + place * 16 + tid * 8);
     if (lane < 8) store_shared_16(zero + lane * 16, make_uint4(0, 0, 0, 0));  // every warp, so that none waits for another
 
     wait_for_previous();
     // Each warp fetches what it needs of h itself, and no more: no barrier before the products.
-    constexpr int CHUNKS = BLOCKS * 8, EACH = (CHUNKS + 31) / 32;  // of 16 bytes: a third of a vector
-    const int third = (first * K + part * BLOCKS * 64) * 2, own = third + lane * 16;
-    const char* line = (const char*)(h + (long)token * TOP_K * K) + own;
-    const auto mine = [&](int i) { return i * 32 + 31 < CHUNKS || i * 32 + lane < CHUNKS; };
-#pragma unroll
-    for (int u = 0; u < UNITS; ++u)
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (mine(i)) copy_16_async(vectors + own + u * K * 2 + i * 512, line + u * K * 2 + i * 512);
-    wait_for_copies();
+    constexpr int CHUNKS = BLOCKS * 8;  // of 16 bytes: a third of a vector
     constexpr u32 UP_BF16 = 0x5F805F80;  // 2^64, twice
+    const u32 third = vector + part * CHUNKS * 16;
+    const u16* line = h + (long)pair * K + part * CHUNKS * 8;
 #pragma unroll
-    for (int u = 0; u < UNITS; ++u) {
-        uint4 v[EACH];
+    for (int start = 0; start < CHUNKS; start += 128) {
+        uint4 v[4];
 #pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (mine(i)) v[i] = load_shared_16(vectors + own + u * K * 2 + i * 512);
+        for (int i = 0; i < 4; ++i)
+            if (const int chunk = start + i * 32 + lane; chunk < CHUNKS) v[i] = load_16(line + chunk * 8);
 #pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (mine(i))
-                store_shared_16(vectors + own + u * K * 2 + i * 512,
+        for (int i = 0; i < 4; ++i)
+            if (const int chunk = start + i * 32 + lane; chunk < CHUNKS)
+                store_shared_16(third + chunk * 16,
                                 make_uint4(multiply_bf16(v[i].x, UP_BF16), multiply_bf16(v[i].y, UP_BF16),
                                            multiply_bf16(v[i].z, UP_BF16), multiply_bf16(v[i].w, UP_BF16)));
     }
     __syncwarp();
-    u32 thirds[UNITS];
-#pragma unroll
-    for (int u = 0; u < UNITS; ++u) thirds[u] = vectors + third + u * K * 2;
-    multiply(weights, thirds, zero, lane, &partial[part][first]);
+    multiply(weights, third, zero, lane, &partial[part][own]);
+    wait_for_copies();
     __syncthreads();
+    if (SPLIT == 2) cluster_wait();  // the first block's barrier is initialised
     if (tid < 16) {  // of four neighbouring features the first two are rows 2i and 2i + 1 of the unit, the others these + 8
         const int row = tid / 4 * 2 + tid % 2 + (tid / 2 % 2) * 8;
-        float y = low_bf16(residuals[tid]);
+        float y = rank == 0 ? low_bf16(residuals[tid]) : 0;
 #pragma unroll
-        for (int a = 0; a < TOP_K; ++a) {
+        for (int a = 0; a < OWN; ++a) {
             float sum = 0;
 #pragma unroll
             for (int p = 0; p < PARTS; ++p) sum += partial[p][a][row];
             y = fmaf(shares[a], fmaf(sum, DOWNSCALE, low_bf16(biases[a][tid])), y);
         }
-        out[blockIdx.x * 16 + tid] = to_bf16(y);
+        if (rank == 1) {
+            const float next = __shfl_down_sync(0xFFFF, y, 1);
+            if (tid % 2 == 0)
+                store_async(peer_address(shared_address(&received[tid]), 0), peer_address(barrier, 0), make_float2(y, next));
+        } else {
+            if (SPLIT == 2) {
+                barrier_wait(barrier, 0);
+                y += received[tid];
+            }
+            out[place * 16 + tid] = to_bf16(y);
+        }
     }
 }
 #endif

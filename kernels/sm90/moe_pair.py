@@ -42,13 +42,14 @@ def gate_up_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Lau
 
 
 def down_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    """A block is 16 features of one token, over all its experts: one or two of them to each three warps."""
+    """A cluster is 16 features of one token: two blocks with half of the experts each, three warps an expert."""
     (tokens, top_k, inner), residual = tensor(operands, "h").shape, tensor(operands, "residual")
     hidden, pairs = residual.shape[1], tokens * top_k
+    blocks = 1 if top_k % 2 else 2
     defines = {"DOWN": 1, "HIDDEN": hidden, "INNER": inner, "TOP_K": top_k}
     return (cuda_launch("moe_pair.cu", "moe_down", defines, ("h", "ids", "probs", "weight", "bias", "residual", "out0"),
-                        grid=tokens * (hidden // 16), threads=32 * PARTS * (top_k if top_k % 2 else top_k // 2),
-                        shared=2 * top_k * inner + 128,
+                        grid=blocks * tokens * (hidden // 16), threads=32 * PARTS * top_k // blocks,
+                        shared=2 * top_k // blocks * inner + 128,
                         moved=total_bytes(operands["h"], residual, residual) + expert_bytes(operands, pairs),
                         flops=2 * pairs * inner * hidden, preloads=("ids", "probs", "weight", "bias", "residual"),
                         promises=("HMMA",)),)
