@@ -19,7 +19,6 @@ constexpr int TILES = 4;                  // of the ring of tile descriptors
 constexpr int GATE_UP_PARTS = 2 * INNER / 192, DOWN_PARTS = HIDDEN / 192;  // tiles a group
 constexpr int MULTIPLIERS = SLABS * 128, THREADS = MULTIPLIERS + 128;
 
-struct Group { int expert, start, rows, unused; };
 struct Tile { int phase, group, part, expert, start, rows, atoms, unused; };  // rows 0: no more tiles
 
 // ---- shared memory: activations, weights, barriers, biases, tiles -------------------------------
@@ -215,8 +214,9 @@ DEVICE void multiply_tiles(const Places& at, u16* h, u16* y) {
 
 // ---- the warps that feed them -------------------------------------------------------------------
 
-// One thread takes tiles from the counter, posts them and streams their weights.
-DEVICE void stream_weights(const Places& at, const Group* groups, const int* extent, const char* up, const char* down,
+// One thread takes tiles from the counter, posts them and streams their weights. It does not wait for the kernel before this
+// one, which makes x and lets this one start only when those that made the groups have ended.
+DEVICE void stream_weights(const Places& at, const int4* groups, const int* extent, const char* up, const char* down,
                            int* counter) {
     const int group_count = load_4(extent), atoms = load_4(extent + 1);
     const int gate_up_tiles = group_count * GATE_UP_PARTS, all = gate_up_tiles + group_count * DOWN_PARTS;
@@ -229,14 +229,14 @@ DEVICE void stream_weights(const Places& at, const Group* groups, const int* ext
         if (i >= all) {
             tile_at(turn.slot).rows = 0;
             barrier_arrive(at.posted(turn.slot));
-            return;
+            break;
         }
         const int phase = i >= gate_up_tiles, j = phase ? i - gate_up_tiles : i, parts = phase ? DOWN_PARTS : GATE_UP_PARTS;
-        const Group group = groups[j / parts];
-        tile_at(turn.slot) = {phase, j / parts, j % parts, group.expert, group.start, group.rows, atoms, 0};
+        const uint4 group = load_16(groups + j / parts);
+        tile_at(turn.slot) = {phase, j / parts, j % parts, (int)group.x, (int)group.y, (int)group.z, atoms, 0};
         barrier_arrive(at.posted(turn.slot));
         const int blocks = (phase ? INNER : HIDDEN) / 64;
-        const char* from = (phase ? down : up) + ((long)group.expert * parts + j % parts) * blocks * WEIGHTS_STAGE;
+        const char* from = (phase ? down : up) + ((long)group.x * parts + j % parts) * blocks * WEIGHTS_STAGE;
 #pragma unroll 1
         for (int round = 0; round < blocks / STAGES; ++round, parity ^= 1)
 #pragma unroll
@@ -248,6 +248,7 @@ DEVICE void stream_weights(const Places& at, const Group* groups, const int* ext
             }
         i = following;
     }
+    wait_for_previous();
 }
 
 // One thread streams activations: of each 64 columns, the group's atoms. The last of all blocks to end clears the counters.
@@ -324,7 +325,7 @@ DEVICE void fetch_biases(const Places& at, const u16* up_bias, const u16* down_b
 
 // counters: next tile, blocks that have ended, finished tiles of h of each group; all zero, and left so.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-moe_grouped(const char* x, const Group* groups, const int* extent, const char* up, const u16* up_bias, const char* down,
+moe_grouped(const char* x, const int4* groups, const int* extent, const char* up, const u16* up_bias, const char* down,
             const u16* down_bias, u16* h, u16* y, int* counters) {
     const Places at = {shared_address(shared)};
     const int tid = threadIdx.x;
@@ -343,16 +344,16 @@ moe_grouped(const char* x, const Group* groups, const int* extent, const char* u
         fence_async_proxy();
     }
     __syncthreads();
-    wait_for_previous();
-    trigger_next();
-    // Registers move from the fourth warpgroup to those that multiply.
     if (tid < MULTIPLIERS) {
         take_registers<BLOCKS == 1 ? 160 : 72>();
+        wait_for_previous();
+        trigger_next();
         return multiply_tiles(at, h, y);
     }
     keep_registers<BLOCKS == 1 ? 32 : 40>();
-    if (tid == MULTIPLIERS) stream_weights(at, groups, extent, up, down, counters);
-    else if (tid == MULTIPLIERS + 32) publish(at, counters + 2);
+    if (tid == MULTIPLIERS) return stream_weights(at, groups, extent, up, down, counters);
+    wait_for_previous();
+    if (tid == MULTIPLIERS + 32) publish(at, counters + 2);
     else if (tid == MULTIPLIERS + 64) stream_tokens(at, x, (const char*)h, counters, load_4(extent));
     else if (tid >= MULTIPLIERS + 96) fetch_biases(at, up_bias, down_bias);
 }

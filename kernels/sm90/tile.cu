@@ -2,7 +2,7 @@
 // row r is 128 bytes, whose 16-byte chunk c lies at place c ^ r. Rows 8a .. 8b of 64 columns are then one piece of memory.
 //   y[i] = x[rows[i]], with NORM x * rsqrt(mean x^2 + EPS) * norm_weight in fp32, rounded once.
 // R: rows (with GATHER those of rows[]; -1 leaves the tile's row as it is); K: columns, a multiple of 64. COPIES: 0, or to
-// how many rows of the tiles each row goes, which places[] names.
+// how many rows of the tiles each row goes, which places[] names. LATE: triggers behind the wait.
 #include "common.cuh"
 
 constexpr int CHUNKS = K / 8, LOADS = (CHUNKS + 31) / 32, WARPS = THREADS / 32;
@@ -34,7 +34,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tile(const u16* x,
                                                                    const int* places,
 #endif
                                                                    u16* tiles) {
+#if !LATE
     trigger_next();
+#endif
     const int lane = threadIdx.x % 32;
 #if NORM
     uint4 weight[LOADS];
@@ -43,6 +45,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tile(const u16* x,
         weight[i] = inside(i, lane) ? load_weight(norm_weight + (i * 32 + lane) * 8) : uint4{};
 #endif
     wait_for_previous();
+#if LATE
+    trigger_next();
+#endif
 #pragma unroll 1
     for (int row = blockIdx.x * WARPS + threadIdx.x / 32; row < R; row += gridDim.x * WARPS) {
 #if GATHER
@@ -50,6 +55,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tile(const u16* x,
         if (from < 0) continue;
 #else
         const int from = row;
+#endif
+#if COPIES
+        int to[COPIES];
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) to[i] = (int)load_4(places + row * COPIES + i);
 #endif
         const u16* line = x + (u64)from * K + lane * 8;
         uint4 values[LOADS];
@@ -72,7 +82,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tile(const u16* x,
                 if (inside(i, lane)) store_16(atom + (u64)i * (4 * ATOMS * 512), values[i]);
         };
 #if COPIES
-        for (int i = 0; i < COPIES; ++i) store((int)load_4(places + row * COPIES + i));
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) store(to[i]);
 #else
         store(row);
 #endif
