@@ -11,7 +11,7 @@ from gptoss_compile.target import Target
 KEYS = 16  # a block of keys, which a warp takes at once; it never straddles a page
 MAX_CLUSTER = 8  # the portable limit
 SEGMENT = 24  # tokens whose queries of one kv head a block attends for at once: three warpgroups
-MAX_TOKENS = 16384
+MAX_TOKENS = 8192
 
 
 def _supports(target: Target, operands: Mapping[str, Operand], heads: int) -> bool:
@@ -78,7 +78,7 @@ def extend_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Laun
     block, stages = (64, 6) if int(constants["REACH"]) <= 512 else (128, 6)
     constants |= {"TOKENS": tokens, "SEGMENT": SEGMENT, "BLOCK": block, "STAGES": stages, "REGISTERS": 160,
                   "COPIER_REGISTERS": 32, "GRID": min(target.processors, tokens * kv_heads)}
-    shared = 2 * SEGMENT * 8 * 2 * dim + stages * block * 2 * dim + 2 * (tokens + 1)
+    shared = 2 * SEGMENT * 8 * 2 * dim + stages * block * 2 * dim + 6 * tokens + 4
     return (cuda_launch(
         "attention_extend.cu", "attention_extend", constants,
         ("q", "cache", "table", "sequences", "positions", "sinks", "out0"), grid=int(constants["GRID"]),

@@ -13,95 +13,26 @@
 #include "wgmma.cuh"
 
 constexpr int D = 64, GROUP = 8, KEYS = 16, WARPGROUPS = SEGMENT / 8, WARPS = 4 * (WARPGROUPS + 1);
+
+#include "segments.cuh"
+
 constexpr float FACTOR = (float)SCALE * LOG2E;             // from q·k to the exponent of two
 constexpr int ROW = 2 * D, TILE = BLOCK * ROW, QUERIES = SEGMENT * GROUP * ROW;  // bytes
 constexpr long long PAGE_STRIDE = 2LL * KV * PAGE * D, VALUES = (long long)KV * PAGE * D;  // elements
-constexpr int LAG = STAGES - 2;  // slots that are being filled while none waits for them
-static_assert(Q == KV * GROUP && PAGE % KEYS == 0 && TOKENS <= 32 * 32 * WARPS && TOKENS < 65536);
+constexpr int LAG = STAGES < 6 ? STAGES - 2 : 4;  // slots whose copies are under way: who waits for one may need the next
+static_assert(Q == KV * GROUP && PAGE % KEYS == 0);
 
-struct Barriers {
-    u64 full[STAGES], empty[STAGES], queries_empty[2];
-};
-
-struct Item {
-    int token, count, kv_head;  // tokens token ... token + count - 1
-    int position;               // of the first of them; -1: padding
-    int start, blocks;          // blocks of keys from position `start`, a multiple of KEYS, on
-
-    DEVICE int first() const { return max(position - (REACH - 1), 0); }  // the oldest key that one of them may see
-    DEVICE int last() const { return position + count - 1; }
-};
-
-DEVICE bool starts_segment(int t, int position, int sequence, int position_before, int sequence_before) {
-    if (t == 0) return true;
-    if (position < 0) return position_before >= 0 || t % SEGMENT == 0;
-    return position != position_before + 1 || sequence != sequence_before || position % SEGMENT == 0;
-}
-
-// Fills starts[] with the segments' first tokens and TOKENS behind them; returns how many there are.
-DEVICE int find_segments(u16* starts, int* counts, const int* sequences, const int* positions) {
-    constexpr int LOTS = (TOKENS + 32 * WARPS - 1) / (32 * WARPS);  // of 32 tokens, a warp
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, base = warp * LOTS * 32;
-    int position[LOTS + 1], sequence[LOTS + 1];  // [0]: lane 31's is the token before the warp's first
-    position[0] = base > 0 && base <= TOKENS ? load_4(positions + base - 1) : 0;
-    sequence[0] = base > 0 && base <= TOKENS ? load_4(sequences + base - 1) : 0;
-#pragma unroll
-    for (int i = 0; i < LOTS; i++) {
-        const int t = min(base + 32 * i + lane, TOKENS - 1);
-        position[i + 1] = load_4(positions + t), sequence[i + 1] = load_4(sequences + t);
-    }
-    u32 flags = 0;  // lane i: of lot i
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < LOTS; i++) {
-        const int t = base + 32 * i + lane, before = (lane + 31) % 32;
-        const int position_before = __shfl_sync(~0u, lane == 31 ? position[i] : position[i + 1], before);
-        const int sequence_before = __shfl_sync(~0u, lane == 31 ? sequence[i] : sequence[i + 1], before);
-        const u32 lot = __ballot_sync(~0u, t < TOKENS && starts_segment(t, position[i + 1], sequence[i + 1], position_before,
-                                                                   sequence_before));
-        flags = lane == i ? lot : flags;
-        count += __popc(lot);
-    }
-    if (lane == 0) counts[warp] = count;
-    __syncthreads();
-    int total = 0, place = 0;
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) {
-        place = i == warp ? total : place;
-        total += counts[i];
-    }
-#pragma unroll 1
-    for (int i = 0; i < LOTS; i++) {
-        const u32 lot = __shfl_sync(~0u, flags, i);
-        if (lot >> lane & 1) starts[place + __popc(lot & ((1u << lane) - 1))] = base + 32 * i + lane;
-        place += __popc(lot);
-    }
-    if (threadIdx.x == 0) starts[total] = TOKENS;
-    __syncthreads();
-    return total;
-}
-
-// The block's item of a round, in a snake, so that no block always has the longer one; -1: none.
-DEVICE int item_index(int round, int items) {
-    const int turn = round * GRID + (round % 2 ? GRID - 1 - (int)blockIdx.x : (int)blockIdx.x);
-    return items - 1 - turn;
-}
-
-DEVICE Item item_at(int index, const u16* starts, const int* positions) {
-    Item item;
-    item.token = starts[index / KV], item.count = starts[index / KV + 1] - item.token, item.kv_head = index % KV;
-    item.position = load_4(positions + item.token);
-    item.start = item.first() / KEYS * KEYS;
-    item.blocks = item.position < 0 ? 0 : (item.last() - item.start) / BLOCK + 1;
-    return item;
-}
-
+// Where a warpgroup is in the ring; full and empty are barriers.
 struct Ring {
-    u32 tiles, full, empty;
+    u32 shared, barriers;
     int slot = 0;
     u32 phase = 0;
 
-    DEVICE u32 tile() const { return tiles + slot * TILE; }
+    DEVICE u32 queries(int i) const { return shared + i % 2 * QUERIES; }
+    DEVICE u32 tile() const { return shared + 2 * QUERIES + slot * TILE; }
+    DEVICE u32 full(int which) const { return barriers + which * 8; }
+    DEVICE u32 empty(int which) const { return barriers + (STAGES + which) * 8; }
+    DEVICE u32 queries_empty(int i) const { return barriers + (2 * STAGES + i % 2) * 8; }
     DEVICE void next() {
         if (++slot == STAGES) slot = 0, phase ^= 1;
     }
@@ -124,7 +55,7 @@ struct Copier {
     DEVICE void announce() {
         asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
         fence_async_proxy();
-        for (; behind > LEFT; behind--) barrier_arrive(ring.full + 8 * ((ring.slot + STAGES - behind) % STAGES));
+        for (; behind > LEFT; behind--) barrier_arrive(ring.full((ring.slot + STAGES - behind) % STAGES));
     }
     DEVICE void acquire(u32 barrier, u32 parity) {
         if (barrier_test(barrier, parity)) return;
@@ -160,36 +91,35 @@ struct Copier {
     }
 };
 
-DEVICE void copy_all(Ring ring, u32 queries, u32 queries_empty, const u16* starts, int items, const u16* q, const u16* cache,
-                     const int* table, const int* sequences, const int* positions) {
+DEVICE void copy_all(Ring ring, const Segments& segments, int items, const u16* q, const u16* cache, const int* table,
+                     const int* sequences) {
     Copier copier{ring};
     int used = 0;  // items that had keys
 #pragma unroll 1
-    for (int round = 0; round * GRID < items; round++) {
-        const int index = item_index(round, items);
-        if (index < 0) continue;
-        const Item item = item_at(index, starts, positions);
+    for (int round = 0; item_index(round, items) >= 0; round++) {
+        const Item item(item_index(round, items), segments);
         if (item.blocks == 0) continue;
         const int* pages_of = table + (long long)load_4(sequences + item.token) * P;
         auto fetch = [&](int block) {
             const int key = item.start + block * BLOCK + (int)threadIdx.x % 32 * KEYS;
             return threadIdx.x % 32 < BLOCK / KEYS && key <= item.last() ? (int)load_4(pages_of + (u32)key / PAGE % P) : 0;
         };
-        copier.acquire(queries_empty + used % 2 * 8, (used / 2 & 1) ^ 1);
-        copier.copy_queries(queries + used % 2 * QUERIES, q + (item.token * Q + item.kv_head * GROUP) * D, item.count);
+        int before = 0, now = fetch(0);
+        copier.announce<0>();  // the last item's slots: in the meantime they have arrived
+        copier.acquire(ring.queries_empty(used), (used / 2 & 1) ^ 1);
+        copier.copy_queries(ring.queries(used), q + (item.token * Q + item.kv_head * GROUP) * D, item.count);
         used++;
         const u16* head = cache + item.kv_head * PAGE * D;
-        int before = 0, now = fetch(0);
 #pragma unroll 1
         for (int block = 0; block <= item.blocks; block++) {
             const int ahead = fetch(block + 1), start = item.start + block * BLOCK;
             if (block < item.blocks) {
-                copier.acquire(copier.ring.empty + 8 * copier.ring.slot, copier.ring.phase ^ 1);
+                copier.acquire(copier.ring.empty(copier.ring.slot), copier.ring.phase ^ 1);
                 copier.copy_block(head, now, start, item.first(), item.last());
                 copier.finish();
             }
             if (block > 0) {
-                copier.acquire(copier.ring.empty + 8 * copier.ring.slot, copier.ring.phase ^ 1);
+                copier.acquire(copier.ring.empty(copier.ring.slot), copier.ring.phase ^ 1);
                 copier.copy_block(head + VALUES, before, start - BLOCK, item.first(), item.last());
                 copier.finish();
             }
@@ -220,15 +150,24 @@ DEVICE void multiply_values(float (&d)[32], const u32* a, u64 b) {
                  : WGMMA_VALUES_64 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+// Word i of lane t of four becomes word t of lane i.
+DEVICE uint4 transpose_4x4(const u32 (&w)[4], int t) {
+    const bool odd = t & 1, high = t & 2;
+    const u32 a = __shfl_xor_sync(~0u, odd ? w[0] : w[1], 1), b = __shfl_xor_sync(~0u, odd ? w[2] : w[3], 1);
+    const u32 x[4] = {odd ? a : w[0], odd ? w[1] : a, odd ? b : w[2], odd ? w[3] : b};
+    const u32 c = __shfl_xor_sync(~0u, high ? x[0] : x[2], 2), d = __shfl_xor_sync(~0u, high ? x[1] : x[3], 2);
+    return high ? make_uint4(c, d, x[2], x[3]) : make_uint4(x[0], x[1], c, d);
+}
+
 struct Attention {
     Ring ring;
     float scores[BLOCK / 2], out[32];  // columns 8j + 2t, 8j + 2t + 1: row g at 4j, 4j + 1, row g + 8 at 4j + 2, 4j + 3
     u32 weights[BLOCK / 4];            // as A fragments, four a 16 keys
     float top[2], sum[2], shrink[2];   // of rows g and g + 8; sum: of this lane's columns
 
-    DEVICE void await() { barrier_wait(ring.full + 8 * ring.slot, ring.phase); }
+    DEVICE void await() { barrier_wait(ring.full(ring.slot), ring.phase); }
     DEVICE void release(int slot) {
-        if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty + 8 * slot);
+        if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(slot));
     }
     DEVICE void skip(int slots) {
 #pragma unroll 1
@@ -285,6 +224,25 @@ struct Attention {
         for (int i = 0; i < BLOCK / 4; i++) weights[i] = pack_bf16(scores[2 * i], scores[2 * i + 1]);
     }
 
+    // Row g or g + 8 of the results to `out`, 64 dims.
+    DEVICE void store(u16* out, int row) const {
+        const int t = threadIdx.x % 4;
+        float total = sum[row];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        const float factor = __fdividef(1.f, total);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 words[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* pair = this->out + 16 * half + 4 * i + 2 * row;
+                words[i] = pack_bf16(pair[0] * factor, pair[1] * factor);
+            }
+            *(uint4*)(out + 32 * half + 8 * t) = transpose_4x4(words, t);
+        }
+    }
+
     // The blocks first ... last of an item; the others are passed by. position: see `soften`.
     DEVICE void run(const Item& item, int first, int last, int position, u64 queries, u32 queries_empty) {
         skip(max(2 * first - 1, 0));
@@ -337,48 +295,37 @@ struct Attention {
     }
 };
 
-DEVICE void attend_all(Ring ring, u32 queries, u32 queries_empty, const u16* starts, int items, const u16* sinks,
-                       const int* positions, u16* out) {
+DEVICE void attend_all(Ring ring, const Segments& segments, int items, const u16* sinks, u16* out) {
     const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // tells the compiler that it is uniform
     const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     Attention state;
     state.ring = ring;
     int used = 0;
 #pragma unroll 1
-    for (int round = 0; round * GRID < items; round++) {
-        const int index = item_index(round, items);
-        if (index < 0) continue;
-        const Item item = item_at(index, starts, positions);
+    for (int round = 0; item_index(round, items) >= 0; round++) {
+        const Item item(item_index(round, items), segments);
         const float sink = load_bf16(sinks + item.kv_head * GROUP + g) * LOG2E;
 #pragma unroll
         for (int i = 0; i < 32; i++) state.out[i] = 0.f;
 #pragma unroll
         for (int row = 0; row < 2; row++) state.top[row] = sink, state.sum[row] = t == 0 ? 1.f : 0.f;
         const int tokens = min(item.count - 8 * group, 8), newest = item.position + 8 * group + tokens - 1;
-        const u32 empty = queries_empty + used % 2 * 8;
         if (item.blocks > 0 && tokens > 0) {
             const int oldest = max(item.position + 8 * group - (REACH - 1), 0);
             state.run(item, (oldest - item.start) / BLOCK, (newest - item.start) / BLOCK,
-                      item.position + 8 * group + 2 * warp,
-                      wgmma_operand(queries + used % 2 * QUERIES + group * 64 * ROW), empty);
+                      item.position + 8 * group + 2 * warp, wgmma_operand(ring.queries(used) + group * 64 * ROW),
+                      ring.queries_empty(used));
         } else if (item.blocks > 0) {
             state.skip(2 * item.blocks);
-            if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+            if (threadIdx.x % 32 == 0) barrier_arrive(ring.queries_empty(used));
         }
         used += item.blocks > 0;
+        const Item done(item_index(round, items), segments);  // read again: above, registers are short
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            float sum = state.sum[row];
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            const float factor = __fdividef(1.f, sum);
             const int token = 8 * group + 2 * warp + row;
-            u32* to = (u32*)(out + ((item.token + token) * Q + item.kv_head * GROUP + g) * D) + t;
-            if (token < item.count) {
-#pragma unroll
-                for (int i = 0; i < 8; i++)
-                    to[4 * i] = pack_bf16(state.out[4 * i + 2 * row] * factor, state.out[4 * i + 2 * row + 1] * factor);
-            }
+            if (token >= done.count) break;
+            state.store(out + ((done.token + token) * Q + done.kv_head * GROUP + g) * D, row);
         }
     }
 }
@@ -386,28 +333,27 @@ DEVICE void attend_all(Ring ring, u32 queries, u32 queries_empty, const u16* sta
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
 attention_extend(const u16* q, const u16* cache, const int* table, const int* sequences, const int* positions,
                  const u16* sinks, u16* out) {
-    extern __shared__ __align__(1024) char memory[];  // queries twice, the ring's slots, starts
-    __shared__ Barriers barriers;
+    extern __shared__ __align__(1024) char memory[];  // queries twice, the ring's slots, segments
+    __shared__ u64 barriers[2 * STAGES + 2];
     __shared__ int counts[WARPS];
     trigger_next();
-    const u32 queries = shared_address(memory), empty = shared_address(barriers.queries_empty);
-    u16* starts = (u16*)(memory + 2 * QUERIES + STAGES * TILE);
-    const Ring ring = {queries + 2 * QUERIES, shared_address(barriers.full), shared_address(barriers.empty)};
+    Segments& segments = *(Segments*)(memory + 2 * QUERIES + STAGES * TILE);
+    const Ring ring = {shared_address(memory), shared_address(barriers)};
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(ring.full + 8 * i, 128);
-            barrier_init(ring.empty + 8 * i, 4 * WARPGROUPS);
+            barrier_init(ring.full(i), 128);
+            barrier_init(ring.empty(i), 4 * WARPGROUPS);
         }
-        for (int i = 0; i < 2; i++) barrier_init(empty + 8 * i, 4 * WARPGROUPS);
+        for (int i = 0; i < 2; i++) barrier_init(ring.queries_empty(i), 4 * WARPGROUPS);
         fence_barrier_init();
     }
-    const int items = KV * find_segments(starts, counts, sequences, positions);
+    const int items = KV * find_segments(segments, counts, sequences, positions);
     wait_for_previous();
     if (__shfl_sync(~0u, threadIdx.x / 128, 0) == 0) {
         keep_registers<COPIER_REGISTERS>();
-        copy_all(ring, queries, empty, starts, items, q, cache, table, sequences, positions);
+        copy_all(ring, segments, items, q, cache, table, sequences);
     } else {
         take_registers<REGISTERS>();
-        attend_all(ring, queries, empty, starts, items, sinks, positions, out);
+        attend_all(ring, segments, items, sinks, out);
     }
 }
