@@ -1,4 +1,4 @@
-"""sm90's attention kernels at the step sizes that choose their shapes: they compile without spills and keep their contract."""
+"""sm90's attention kernels at the step sizes that choose their shapes: they compile, without spills, and pass the lint."""
 
 from __future__ import annotations
 
