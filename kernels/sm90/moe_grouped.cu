@@ -215,7 +215,8 @@ DEVICE void multiply_tiles(const Places& at, u16* h, u16* y) {
 // ---- the warps that feed them -------------------------------------------------------------------
 
 // One thread takes tiles from the counter, posts them and streams their weights. It does not wait for the kernel before this
-// one, which makes x and lets this one start only when those that made the groups have ended.
+// one, which makes x and lets this one start only when all before it have ended: the groups are there, and nobody else uses
+// the counters. So this kernel must not follow itself directly.
 DEVICE void stream_weights(const Places& at, const int4* groups, const int* extent, const char* up, const char* down,
                            int* counter) {
     const int group_count = load_4(extent), atoms = load_4(extent + 1);
