@@ -1,18 +1,18 @@
 // Products of a weight in layout "tiles" with up to 8 tokens: the weights land in registers, before the wait.
 //
-// Macros: K columns (a multiple of 64), ROWS of the weight a block (a multiple of 8), PARTS in which warps split the columns,
-// RING 64-column steps whose weights a warp has in flight, TOKENS (1 ... 8) a block, NORM (RMSNorm in front?), EXACT (is the
-// product with the norm's weight kept unrounded?), MIN_BLOCKS that an SM must hold.
+// Macros: K columns (a multiple of 64), ROWS of the weight a block (a multiple of 8), PARTS in which warps split the
+// columns, RING 64-column steps whose weights a warp has in flight, TOKENS (1 ... 8) a block, NORM (RMSNorm in front?),
+// EXACT (is the product with the norm's weight kept unrounded?), EPS, MIN_BLOCKS that an SM must hold.
 //
-// A warp takes 8 rows and every PARTS-th step of 64 columns. Of such a step lane (g, t) = (lane / 4, lane % 4) holds 16 bytes of
-// row g / 2 and 16 of row 4 + g / 2: chunk 4 (g % 2) + t. So each load of a warp is 512 bytes without a gap, and rows g = 2r and
-// 2r + 1 of the matrix instruction are the two halves of the columns of one weight row. Its columns are halves too: column 2j
-// carries the first 32 values of token j, column 2j + 1 the other 32. Of the 16 x 8 results those count whose row and column are
-// the same half (join_halves), which leaves four tokens to an instruction: a set.
+// A warp takes 8 rows and every PARTS-th step of 64 columns. Of such a step lane (g, t) = (lane / 4, lane % 4) holds 16
+// bytes of row g / 2 and 16 of row 4 + g / 2: chunk 4 (g % 2) + t. So each load of a warp is 512 bytes without a gap, and
+// rows g = 2r and 2r + 1 of the matrix instruction are the two halves of the columns of one weight row. Its columns are
+// halves too: column 2j carries the first 32 values of token j, column 2j + 1 the other 32. Of the 16 x 8 results those
+// count whose row and column are the same half (join_halves), which leaves four tokens to an instruction: a set.
 //
 // x lies in shared memory as it is; times the norm's weight, it is rounded to bf16 once, or not at all if EXACT, where what
-// rounding took is a second operand. The norm's factor belongs to the token, so it multiplies the finished sums. Sums of squares
-// are the diagonal of x times itself, on the tensor cores as well.
+// rounding took is a second operand. The norm's factor belongs to the token, so it multiplies the finished sums. Sums of
+// squares are the diagonal of x times itself, on the tensor cores as well.
 #pragma once
 #include "common.cuh"
 
@@ -67,64 +67,59 @@ DEVICE void fill_ring(Ring& ring, const Rows& rows, const Place& at) {
         if (has_step(i, at)) load_step(ring, rows, i, i);
 }
 
-DEVICE void mma_step(float (&sums)[4], uint4 upper, uint4 lower, uint4 x) {
-    mma_bf16(sums, upper.x, lower.x, upper.y, lower.y, x.x, x.y);
-    mma_bf16(sums, upper.z, lower.z, upper.w, lower.w, x.z, x.w);
-}
+// Sums on the tensor cores: with one set in two chains, for an instruction's latency is long; two sets are two chains
+// anyway.
+struct Accumulator {
+    static constexpr int CHAINS = SETS == 1 ? 2 : 1;
+    float c[CHAINS][4] = {};
+    DEVICE void multiply(uint4 upper, uint4 lower, uint4 x) {
+        mma_bf16(c[0], upper.x, lower.x, upper.y, lower.y, x.x, x.y);
+        mma_bf16(c[CHAINS - 1], upper.z, lower.z, upper.w, lower.w, x.z, x.w);
+    }
+    DEVICE float operator[](int i) const { return CHAINS == 1 ? c[0][i] : c[0][i] + c[CHAINS - 1][i]; }
+};
 
-// Row 4 (g % 2) + g / 2 of the eight, token t of the set: the lane's two results of its own half and the neighbour's of the other.
-DEVICE float join_halves(const float (&c)[4], int lane) {
+// Row 4 (g % 2) + g / 2 of the eight, token t of the set: the lane's own half and the neighbour's of the other.
+DEVICE float join_halves(const Accumulator& c, int lane) {
     bool second = lane & 4;
     return (second ? c[3] : c[0]) + __shfl_xor_sync(~0u, second ? c[1] : c[2], 4);
 }
 
-// The products of one block of rows into `sums`, the ring refilled on the way: with this block's later steps, then, if `more`,
-// with the first ones of the rows `next`. x: the tokens [TOKENS][K] in shared memory, norm: the norm's weight [K].
-template <bool LOOPED>
-DEVICE void multiply(Sums& sums, Ring& ring, const Rows& rows, const Rows& next, bool more, u32 x, u32 norm,
-                     const Place& at) {
-    static_assert(!LOOPED || WARP_STEPS % RING == 0, "a slot must hold the same step in every block of rows");
-    float products[2][SETS][4] = {}, squares[SETS][4] = {};
+// The products of the block's rows into `sums`, the ring refilled on the way. x: the tokens [TOKENS][K] in shared memory,
+// norm: the norm's weight [K].
+DEVICE void multiply(Sums& sums, Ring& ring, const Rows& rows, u32 x, u32 norm, const Place& at) {
+    Accumulator products[SETS], rest[SETS], squares[SETS];
     u32 address[SETS];
 #pragma unroll
-    for (int s = 0; s < SETS; ++s) address[s] = x + min(4 * s + at.lane / 8, TOKENS - 1) * (K * 2) + at.chunk + at.part * 128;
+    for (int s = 0; s < SETS; ++s)
+        address[s] = x + min(4 * s + at.lane / 8, TOKENS - 1) * (K * 2) + at.chunk + at.part * 128;
     norm += at.chunk + at.part * 128;
 #pragma unroll
     for (int i = 0; i < WARP_STEPS; ++i) {
-        const int slot = i % RING, chain = SETS == 1 ? i % 2 : 0;  // two chains of dependent instructions at least
+        const int slot = i % RING;
         if (has_step(i, at)) {
             uint4 g = NORM ? load_shared_16(norm + i * PARTS * 128) : uint4();
 #pragma unroll
             for (int s = 0; s < SETS; ++s) {
                 uint4 b = load_shared_16(address[s] + i * PARTS * 128);
                 if (NORM) {
-                    if (at.group == i * GROUPS / WARP_STEPS) {  // each step's squares by one of the warps that read it
-                        mma_bf16(squares[s], b.x, 0, b.y, 0, b.x, b.y);
-                        mma_bf16(squares[s], b.z, 0, b.w, 0, b.z, b.w);
-                    }
+                    if (at.group == i * GROUPS / WARP_STEPS) squares[s].multiply(b, uint4(), b);  // one of b's readers
                     uint4 raw = b;
                     b = multiply_8(raw, g);
-                    if (EXACT) mma_step(products[1][s], ring.upper[slot], ring.lower[slot], rounding_errors(raw, g, b));
+                    if (EXACT) rest[s].multiply(ring.upper[slot], ring.lower[slot], rounding_errors(raw, g, b));
                 }
-                mma_step(products[chain][s], ring.upper[slot], ring.lower[slot], b);
+                products[s].multiply(ring.upper[slot], ring.lower[slot], b);
             }
         }
-        const int later = i + RING;
-        if (later < WARP_STEPS) {
-            if (has_step(later, at)) load_step(ring, rows, later, slot);
-        } else if (LOOPED && more) {
-            if (has_step(later - WARP_STEPS, at)) load_step(ring, next, later - WARP_STEPS, slot);
-        }
+        if (i + RING < WARP_STEPS && has_step(i + RING, at)) load_step(ring, rows, i + RING, slot);
     }
     const int g = at.lane / 4, t = at.lane % 4;
 #pragma unroll
     for (int s = 0; s < SETS; ++s) {
-        float both[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) both[j] = products[0][s][j] + products[1][s][j];
-        float y = join_halves(both, at.lane);
+        float y = join_halves(products[s], at.lane);
+        if (EXACT) y += join_halves(rest[s], at.lane);
         if (4 * s + t < TOKENS) sums.products[at.part][4 * s + t][8 * at.group + 4 * (g % 2) + g / 2] = y;
-        if (NORM) {
+        if (NORM) {  // row g = column g is in lane (g, g / 2)
             float half = g % 2 ? squares[s][1] : squares[s][0];
             half += __shfl_xor_sync(~0u, half, 4);
             if (g == 2 * t && 4 * s + t < TOKENS) sums.squares[at.warp][4 * s + t] = half;

@@ -11,21 +11,18 @@ from gptoss_compile.target import Target
 
 MAX_TOKENS = 8  # the columns of two matrix instructions
 STEP = 64  # columns of the weight, a tile
-MAX_RING = 16  # steps in flight, 128 registers
-MAX_WARPS = 12  # of a block: three on each quarter of a processor, 168 registers a thread
+MAX_COLUMNS = 6144  # 96 steps: 14 warps of a block
 
 
 @dataclass(frozen=True)
 class Shape:
     """How a weight is dealt out: rows of a block; parts that split its columns, a warp each for every 8 rows; the 64-column
-    steps that a warp has in flight; blocks that a processor must hold; and if it is given the number of blocks, each of
-    which then takes several turns."""
+    steps that a warp has in flight; blocks that a processor must hold."""
 
     rows: int
     parts: int
     ring: int
     min_blocks: int
-    blocks: int | None = None
 
     @property
     def threads(self) -> int:
@@ -44,26 +41,24 @@ def supports(target: Target, weight: TensorSpec) -> bool:
     """bf16 weights of whole tiles across and not too many for a block's warps."""
     features, columns = weight.shape
     return (target.name == "sm90" and weight.dtype == "bf16" and features % 8 == 0 and columns % STEP == 0
-            and columns <= MAX_WARPS // 2 * MAX_RING * STEP)
+            and columns <= MAX_COLUMNS)
 
 
 def shape_of(target: Target, features: int, columns: int, tokens: int, norm: bool) -> Shape:
-    """Weights of 48 to 96 KiB a block, all of them in flight from the start, two or three blocks a processor.
+    """How many warps a processor holds decides how many registers, hence weights in flight, each has.
 
-    A matrix of many rounds of blocks is taken in turns, x fetched once; what of it is in flight is then always a part, so it
-    may leave registers to the sums of many tokens.
+    Many rounds of blocks: 12 warps of 168 registers, all weights of a block in flight. Else all blocks run at once: 20 warps
+    of 96. With a norm and many tokens x is what costs, so a processor has one block, which fetches it once: 16 warps of 128.
     """
     steps = columns // STEP
-    parts = cdiv(steps, MAX_RING)
-    ring = cdiv(steps, parts)
-    rows = 16 if norm else 8
-    min_blocks = MAX_WARPS // (rows // 8 * parts)
-    slots = target.processors * min_blocks
-    if cdiv(features, rows) < 4 * slots:
-        return Shape(rows, parts, ring, min_blocks)
-    if tokens > 4:
-        ring = max(n for n in range(1, ring) if ring % n == 0)
-    return Shape(rows, parts, ring, min_blocks, slots)
+    parts = cdiv(steps, 15 if norm else 13)
+    each = cdiv(steps, parts)
+    if features > 16 * 4 * target.processors:
+        return Shape(16, parts, min(each, 15), max(1, 6 // parts))
+    rows = cdiv(features, target.processors * 8) * 8
+    if norm and tokens > 4 and features % rows == 0 and rows // 8 * parts <= 16:
+        return Shape(rows, parts, min(each, 8), 1)
+    return Shape(16, parts, min(each, 6), max(1, min(10 // parts, cdiv(features, 16 * target.processors))))
 
 
 def gemv_launch(target: Target, operands: Mapping[str, Operand], out: TensorSpec) -> Launch:
@@ -73,14 +68,13 @@ def gemv_launch(target: Target, operands: Mapping[str, Operand], out: TensorSpec
     norm = "norm_weight" in operands
     shape = shape_of(target, features, columns, tokens, norm)
     optional = {name: isinstance(operands.get(name), TensorSpec) for name in ("norm_weight", "rows", "bias", "residual")}
-    grid = shape.blocks or cdiv(features, shape.rows)
     defines = shape.defines(columns, tokens) | {
-        "N": features, "GRID": grid, "NORM": int(norm), "EXACT": 0, "EPS": number(operands, "eps") if norm else 0.0,
+        "N": features, "NORM": int(norm), "EXACT": 0, "EPS": number(operands, "eps") if norm else 0.0,
         "HAS_ROWS": int(optional["rows"]), "HAS_BIAS": int(optional["bias"]), "HAS_RESIDUAL": int(optional["residual"]),
         "FLOAT_OUT": int(out.dtype == "fp32")}
     args = ("weight", "x", *(name for name, given in optional.items() if given), "out0")
     return cuda_launch(
-        "gemv.cu", "gemv", defines, args, grid=grid, threads=shape.threads,
+        "gemv.cu", "gemv", defines, args, grid=cdiv(features, shape.rows), threads=shape.threads,
         shared=shared_bytes(columns, tokens, norm),
         preloads=tuple(name for name in ("weight", "norm_weight", "bias") if name in args),
         moved=total_bytes(*operands.values(), out), flops=2 * tokens * features * columns)

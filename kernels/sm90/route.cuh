@@ -12,8 +12,8 @@ DEVICE u32 key_of(float logit) {
 }
 DEVICE float logit_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key); }
 
-// probs[0 ... TOP_K) and ids of one token, best first, the lowest expert first where logits are equal. By a whole warp, which
-// loses its keys; 0 where there is no expert.
+// probs[0 ... TOP_K) and ids of one token, best first, the lowest expert first where logits are equal. By a whole warp,
+// which loses its keys; 0 where there is no expert.
 DEVICE void choose(u32 (&key)[KEYS], float* probs, int* ids) {
     const int lane = threadIdx.x % 32;
     int expert[TOP_K];

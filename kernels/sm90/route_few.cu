@@ -1,8 +1,9 @@
 // RMSNorm, router logits and the choice of TOP_K experts, for few tokens: the weights land in registers before the wait.
 //
-// Macros beside those of gemv.cuh: E experts, ALL_TOKENS of the call, TOP_K, EPS. Block (tokens in groups of TOKENS, 8 experts), experts
-// fastest. `keys` [ALL_TOKENS, E] holds the logits' keys, zero before and behind the kernel: each block leaves its own there, and the last
-// block of a group of tokens waits until it sees them all. Blocks start in order, so it waits only for blocks that run.
+// Macros beside those of gemv.cuh: E experts, ALL_TOKENS of the call, TOP_K, EPS. Block (tokens in groups of TOKENS, 8
+// experts), experts fastest. `keys` [ALL_TOKENS, E] holds the logits' keys, zero before and behind the kernel: each block
+// leaves its own there, and the last block of a group of tokens waits until it sees them all. Blocks start in order, so it
+// waits only for blocks that run.
 #include "gemv.cuh"
 #include "route.cuh"
 
@@ -55,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) route_few(
     copy_tokens(x_shared, x, row);
     wait_for_copies();
     __syncthreads();
-    multiply<false>(sums, ring, mine, mine, false, x_shared, norm_shared, at);
+    multiply(sums, ring, mine, x_shared, norm_shared, at);
     __syncthreads();
     for (int i = threadIdx.x; i < 8 * TOKENS; i += THREADS) {
         int token = first + i / 8;

@@ -10,8 +10,8 @@ from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
 from gptoss_compile.target import Target
 
 FEW_TOKENS = 128  # above, blocks of 8 tokens would read the weights too often
-MAX_EXPERTS = 256  # four warpgroups, and what their stages leave of shared memory
-STAGES, OPERANDS = 5, 3  # of route_tiled.cu
+MAX_EXPERTS = 128  # two warpgroups, and what their stages leave of shared memory
+TURNS = {16: 5, 32: 4, 64: 3}  # by tokens of a block, steps of 64 columns that shared memory holds twice
 
 
 def supports(target: Target, operands: Mapping[str, Operand]) -> bool:
@@ -19,11 +19,25 @@ def supports(target: Target, operands: Mapping[str, Operand]) -> bool:
     experts, columns = weight.shape
     return (all(tensor(operands, name).dtype == "bf16" for name in ("x", "norm_weight", "bias"))
             and gemv.supports(target, weight) and experts <= MAX_EXPERTS
-            and integer(operands, "top_k") <= experts and _tiled_shared(experts, columns, 64) <= target.shared_bytes - 1024)
+            and integer(operands, "top_k") <= experts
+            and max(_tiled_shared(experts, columns, wide) for wide in TURNS) <= target.shared_bytes - 2048)
+
+
+def _turn(columns: int, tokens: int) -> int:
+    """Steps that route_tiled.cu takes at a time."""
+    steps = columns // gemv.STEP
+    return max(n for n in range(1, TURNS[tokens] + 1) if steps % n == 0)
 
 
 def _tiled_shared(experts: int, columns: int, tokens: int) -> int:
-    return STAGES * cdiv(experts, 64) * 8192 + OPERANDS * 2 * tokens * 128 + columns * 2
+    """Two turns of weights and of operands, which then hold the logits, and the norm's weight."""
+    turn = _turn(columns, tokens)
+    return 2 * turn * (cdiv(experts, 64) * 8192 + 2 * tokens * 128) + columns * 2
+
+
+def few_tokens(target: Target, tokens: int, experts: int) -> int:
+    """Tokens of a block, where weights land in registers: the fewest for which all blocks run at once."""
+    return next((n for n in (1, 2, 4) if experts // 8 * cdiv(tokens, n) <= target.processors), gemv.MAX_TOKENS)
 
 
 def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
@@ -35,21 +49,21 @@ def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, .
                                              "EPS": number(operands, "eps")}
     args = ("weight", "x", "norm_weight", "bias", "out0", "out1")
     moved, flops = total_bytes(*operands.values()) + 8 * tokens * top_k, 2 * tokens * experts * columns
-    preloads = ("weight", "norm_weight")
+    preloads = ("weight", "norm_weight", "bias")
     if tokens <= FEW_TOKENS:
         parts = cdiv(columns // gemv.STEP, 9)
-        few = min(tokens, gemv.MAX_TOKENS)
+        few = few_tokens(target, tokens, experts)
         shape = gemv.Shape(8, parts, cdiv(columns // gemv.STEP, parts), min_blocks=2 if parts <= 6 else 1)
         return (cuda_launch(
             "route_few.cu", "route_few", {**defines, **shape.defines(columns, few), "NORM": 1, "EXACT": 1},
             (*args, "scratch0"), grid=experts // 8 * cdiv(tokens, few), threads=shape.threads,
             shared=gemv.shared_bytes(columns, few, True), scratch=(TensorSpec((tokens, experts), "i32"),), zeroed=(0,),
-            preloads=(*preloads, "bias"), late_trigger=True, moved=moved, flops=flops),)
+            preloads=preloads, late_trigger=True, moved=moved, flops=flops),)
     wide = next((n for n in (64, 32) if cdiv(tokens, n) >= target.processors // 2), 16)
     return (cuda_launch(
-        "route_tiled.cu", "route_tiled", {**defines, "K": columns, "TOKENS": wide}, args, grid=cdiv(tokens, wide),
-        threads=cdiv(experts, 64) * 128, shared=_tiled_shared(experts, columns, wide), preloads=preloads, late_trigger=True,
-        promises=("HGMMA",), moved=moved, flops=flops),)
+        "route_tiled.cu", "route_tiled", {**defines, "K": columns, "TOKENS": wide, "TURN": _turn(columns, wide)}, args,
+        grid=cdiv(tokens, wide), threads=cdiv(experts, 64) * 128, shared=_tiled_shared(experts, columns, wide),
+        preloads=preloads, late_trigger=True, promises=("HGMMA",), moved=moved, flops=flops),)
 
 
 SPECS = (KernelSpec("sm90_norm_route", "norm_route", supports, launches, {"weight": "tiles"}),)

@@ -29,11 +29,12 @@ def logits_of(given: dict[str, Tensor | float | int]) -> Tensor:
 def check(given: dict[str, Tensor | float | int]) -> None:
     probs, ids = run_kernel("norm_route", given, "sm90_norm_route")
     logits = logits_of(given)
-    best, expected = logits.sort(-1, descending=True, stable=True)
+    best, expected = logits.sort(dim=-1, descending=True, stable=True)
     chosen = logits.gather(-1, ids.long())
     assert (chosen - best[:, :TOP_K]).abs().max() < 2e-5, "an expert that is not among the best"
     clear = ((best[:, :TOP_K] - best[:, 1:TOP_K + 1]) > 4e-5).all(-1)
-    assert clear.float().mean() > 0.9 and torch.equal(ids[clear].long(), expected[clear, :TOP_K])
+    assert (~clear).sum() <= 2 + len(ids) // 20, "too many close calls for a test"
+    assert torch.equal(ids[clear].long(), expected[clear, :TOP_K])
     assert (probs - best[:, :TOP_K].softmax(-1)).abs().max() < 2e-5
 
 
