@@ -214,9 +214,7 @@ DEVICE void multiply_tiles(const Places& at, u16* h, u16* y) {
 
 // ---- the warps that feed them -------------------------------------------------------------------
 
-// One thread takes tiles from the counter, posts them and streams their weights. It does not wait for the kernel before this
-// one, which makes x and lets this one start only when all before it have ended: the groups are there, and nobody else uses
-// the counters. So this kernel must not follow itself directly.
+// One thread takes tiles from the counter, posts them and streams their weights.
 DEVICE void stream_weights(const Places& at, const int4* groups, const int* extent, const char* up, const char* down,
                            int* counter) {
     const int group_count = load_4(extent), atoms = load_4(extent + 1);
@@ -249,7 +247,6 @@ DEVICE void stream_weights(const Places& at, const int4* groups, const int* exte
             }
         i = following;
     }
-    wait_for_previous();
 }
 
 // One thread streams activations: of each 64 columns, the group's atoms. The last of all blocks to end clears the counters.
@@ -345,16 +342,15 @@ moe_grouped(const char* x, const int4* groups, const int* extent, const char* up
         fence_async_proxy();
     }
     __syncthreads();
+    wait_for_previous();
+    trigger_next();
     if (tid < MULTIPLIERS) {
         take_registers<BLOCKS == 1 ? 160 : 72>();
-        wait_for_previous();
-        trigger_next();
         return multiply_tiles(at, h, y);
     }
     keep_registers<BLOCKS == 1 ? 32 : 40>();
-    if (tid == MULTIPLIERS) return stream_weights(at, groups, extent, up, down, counters);
-    wait_for_previous();
-    if (tid == MULTIPLIERS + 32) publish(at, counters + 2);
+    if (tid == MULTIPLIERS) stream_weights(at, groups, extent, up, down, counters);
+    else if (tid == MULTIPLIERS + 32) publish(at, counters + 2);
     else if (tid == MULTIPLIERS + 64) stream_tokens(at, x, (const char*)h, counters, load_4(extent));
     else if (tid >= MULTIPLIERS + 96) fetch_biases(at, up_bias, down_bias);
 }

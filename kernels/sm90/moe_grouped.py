@@ -87,7 +87,7 @@ def sort_launch(size: Sizes, chosen: Variant, shared: Mapping[str, TensorSpec]) 
 
 def experts_launch(target: Target, operands: Mapping[str, Operand], size: Sizes, chosen: Variant,
                    shared: Mapping[str, TensorSpec]) -> Launch:
-    """Reads groups and weights before its wait: the tiles' launch triggers late. So does this one, for the mix."""
+    """Triggers late, so that the mix may read before its wait what the launches before this one wrote."""
     depth = stages(target, size, chosen)
     bytes_ = depth * (chosen.widest * 128 + STAGE_WEIGHTS) + BESIDE_STAGES
     defines = {"HIDDEN": size.hidden, "INNER": size.inner, "WIDEST": chosen.widest, "STAGES": depth,
@@ -119,7 +119,7 @@ def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, .
     shared = buffers(size, chosen)
     return (sort_launch(size, chosen, shared),
             tile_launch(target, operands, shared, "x_tiles", places="place", norm_weight="norm_weight",
-                        eps=number(operands, "eps"), late_trigger=True),
+                        eps=number(operands, "eps")),
             experts_launch(target, operands, size, chosen, shared),
             combine_launch(operands, size, shared))
 

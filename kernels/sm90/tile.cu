@@ -2,7 +2,7 @@
 // row r is 128 bytes, whose 16-byte chunk c lies at place c ^ r. Rows 8a .. 8b of 64 columns are then one piece of memory.
 //   y[i] = x[rows[i]], with NORM x * rsqrt(mean x^2 + EPS) * norm_weight in fp32, rounded once.
 // R: rows (with GATHER those of rows[]; -1 leaves the tile's row as it is); K: columns, a multiple of 64. COPIES: 0, or to
-// how many rows of the tiles each row goes, which places[] names. LATE: triggers behind the wait.
+// how many rows of the tiles each row goes, which places[] names.
 #include "common.cuh"
 
 constexpr int CHUNKS = K / 8, LOADS = (CHUNKS + 31) / 32, WARPS = THREADS / 32;
@@ -34,9 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tile(const u16* x,
                                                                    const int* places,
 #endif
                                                                    u16* tiles) {
-#if !LATE
     trigger_next();
-#endif
     const int lane = threadIdx.x % 32;
 #if NORM
     uint4 weight[LOADS];
@@ -45,9 +43,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tile(const u16* x,
         weight[i] = inside(i, lane) ? load_weight(norm_weight + (i * 32 + lane) * 8) : uint4{};
 #endif
     wait_for_previous();
-#if LATE
-    trigger_next();
-#endif
 #pragma unroll 1
     for (int row = blockIdx.x * WARPS + threadIdx.x / 32; row < R; row += gridDim.x * WARPS) {
 #if GATHER

@@ -20,13 +20,12 @@ def activation_tiles(rows: int, columns: int) -> TensorSpec:
 
 def tile_launch(target: Target, operands: Mapping[str, Operand], common: Mapping[str, TensorSpec], into: str, *,
                 source: str = "x", rows: str | None = None, places: str | None = None, norm_weight: str | None = None,
-                eps: float = 0.0, late_trigger: bool = False) -> Launch:
+                eps: float = 0.0) -> Launch:
     """Rows of `source` [..., K] into the buffer `into` of `common`, which is `activation_tiles(R, K)`.
 
     rows:        an i32 vector of R row numbers; -1 leaves that row of the tiles as it is. None: every row in order.
     places:      i32 [rows of source, n]: the n rows of the tiles that each goes to. None: row i goes to row i.
     norm_weight: divides each row by its root mean square (with eps) and multiplies by this [K].
-    late_trigger: the next launch may read before its wait what the launches before this one wrote.
     Names are those in `operands` or, where an earlier launch of the same operator writes them, in `common`.
     """
     known: dict[str, Operand] = {**operands, **common}
@@ -48,8 +47,6 @@ def tile_launch(target: Target, operands: Mapping[str, Operand], common: Mapping
     return cuda_launch(
         "tile.cu", "tile",
         {"R": count, "K": columns, "ATOMS": tiles.shape[1], "GATHER": int(rows is not None), "COPIES": copies,
-         "NORM": int(norm_weight is not None), "EPS": eps, "LATE": int(late_trigger), "THREADS": THREADS,
-         "BLOCKS": BLOCKS_PER_PROCESSOR},
+         "NORM": int(norm_weight is not None), "EPS": eps, "THREADS": THREADS, "BLOCKS": BLOCKS_PER_PROCESSOR},
         args, grid=grid, threads=THREADS, common={name: common[name] for name in args if name in common},
-        preloads=(norm_weight,) if norm_weight else (), late_trigger=late_trigger,
-        moved=2 * count * columns * (1 + max(copies, 1)))
+        preloads=(norm_weight,) if norm_weight else (), moved=2 * count * columns * (1 + max(copies, 1)))
