@@ -7,9 +7,9 @@
 // the first warpgroup gathers page by page into a ring of slots in shared memory. Row r of a warpgroup is head r % 8 of its
 // token r / 8: both rows g and g + 8 that lane 4g + t of a warp holds are head g, of two neighbouring tokens.
 //
-// The ring's order is the one of use: K0, K1, V0, K2, V1, ..., for the softmax of block i runs while the tensor cores multiply
-// the weights of block i - 1 with its values, and work for the other warpgroups. Only inputs of the step are read before the
-// wait: rope_kv, just before, writes queries and cache.
+// The ring's order is the one of use: K0, K1, V0, K2, V1, ..., for while the tensor cores multiply the queries with K(i) and
+// the weights with V(i - 1), nothing else is to do; then the softmax of block i runs under the products of the other
+// warpgroups. What was read before the wait are step inputs only: rope_kv, just before, writes queries and cache.
 #include "wgmma.cuh"
 
 constexpr int D = 64, GROUP = 8, KEYS = 16, WARPGROUPS = SEGMENT / 8, WARPS = 4 * (WARPGROUPS + 1);

@@ -2,15 +2,11 @@
 #pragma once
 #include "common.cuh"
 
-// A segment is a run of consecutive positions of a sequence, cut at the multiples of `length`, or of padding. Where there
-// are so few tokens that blocks would have none, segments are shorter than SEGMENT and leave warpgroups idle instead.
-DEVICE int segment_length(int tokens) { return tokens * KV <= 8 * GRID ? 8 : tokens * KV <= 16 * GRID ? 16 : SEGMENT; }
-
-DEVICE bool starts_segment(int t, int length, int position, int sequence, int position_before, int sequence_before) {
+// A segment is a run of at most SEGMENT consecutive positions of a sequence, cut at the multiples of SEGMENT, or of padding.
+DEVICE bool starts_segment(int t, int position, int sequence, int position_before, int sequence_before) {
     if (t == 0) return true;
     if (position < 0) return position_before >= 0 || t % SEGMENT == 0;
-    const bool cut = length == 8 ? position % 8 == 0 : length == 16 ? position % 16 == 0 : position % SEGMENT == 0;
-    return cut || position != position_before + 1 || sequence != sequence_before;
+    return position != position_before + 1 || sequence != sequence_before || position % SEGMENT == 0;
 }
 
 struct Segments {  // in shared memory
@@ -30,25 +26,15 @@ DEVICE int find_segments(Segments& found, int* counts, const int* sequences, con
         const int t = min(base + 32 * i + lane, TOKENS - 1);
         position[i + 1] = load_4(positions + t), sequence[i + 1] = load_4(sequences + t);
     }
-    int count = 0, tokens = 0;
-#pragma unroll
-    for (int i = 0; i < LOTS; i++)
-        count += __popc(__ballot_sync(~0u, base + 32 * i + lane < TOKENS && position[i + 1] >= 0));
-    if (lane == 0) counts[warp] = count;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) tokens += counts[i];
-    __syncthreads();
-    const int length = segment_length(tokens);
     u32 flags = 0;  // lane i: of lot i
-    count = 0;
+    int count = 0;
 #pragma unroll
     for (int i = 0; i < LOTS; i++) {
         const int t = base + 32 * i + lane, before = (lane + 31) % 32;
         const int position_before = __shfl_sync(~0u, lane == 31 ? position[i] : position[i + 1], before);
         const int sequence_before = __shfl_sync(~0u, lane == 31 ? sequence[i] : sequence[i + 1], before);
-        const u32 lot = __ballot_sync(~0u, t < TOKENS && starts_segment(t, length, position[i + 1], sequence[i + 1],
-                                                                        position_before, sequence_before));
+        const u32 lot = __ballot_sync(~0u, t < TOKENS && starts_segment(t, position[i + 1], sequence[i + 1], position_before,
+                                                                   sequence_before));
         flags = lane == i ? lot : flags;
         count += __popc(lot);
     }
