@@ -9,7 +9,7 @@ from typing import Any
 from gptoss_compile.kernels.spec import CudaSource
 from gptoss_compile.target import Target
 
-_SERIALISED = "C75"  # ptxas's warnings (C7508 … C7514) that it ran wgmmas one by one, which ruins a kernel
+_SERIALISED = "instructions are serialized"  # in ptxas's warnings that it ran wgmmas one by one, which ruins a kernel
 
 
 class NvrtcError(RuntimeError):
