@@ -2,11 +2,11 @@
 
     python bench/decode.py ARTIFACT... [--batches 1,8,32,128] [--contexts 1024,8192,65536] [--read build/bench/read]
 
-Steps follow one another on the device (`advance` takes the likeliest token), so nothing waits for the host. Caches hold
-random values, sequences differ, and the experts that are counted are those that were chosen. Three yardsticks, of kernels
-that only read (see read_kernel.py): `chain`, one for each kernel of the step, experts read behind the router; `early`, the
-same but nothing waits; `bytes`, one kernel for all. Tables, then one JSON line. Needs neither PyTorch nor
-Triton.
+Steps follow one another on the device, each fed with the likeliest tokens of the one before, so nothing waits for the host.
+Their position stays, so that all cost the same. Caches hold random values, sequences differ, and the experts that are
+counted are those that were chosen. Three yardsticks, of kernels that only read (see read_kernel.py): `chain`, one for each
+kernel of the step, experts read behind the router; `early`, the same but nothing waits; `bytes`, one kernel for all. Tables,
+then one JSON line. Needs neither PyTorch nor Triton.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gpu import (
     Inputs,
     Yardstick,
@@ -35,6 +36,7 @@ from gpu import (
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
+from gptoss_compile.gumbel import words
 from gptoss_compile.runtime.cuda_driver import CudaError
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
 from gptoss_compile.runtime.generate import Generator
@@ -102,11 +104,14 @@ def measure(path: Path, batches: Sequence[int], contexts: Sequence[int], read: P
 
 def one_row(executor: CudaExecutor, yardstick: Yardstick, bucket: Bucket, context: int) -> dict[str, Any]:
     inputs = decode_inputs(executor, bucket, context, STEPS)
-    graph = executor.greedy(bucket)
-    once = time_replays(executor, graph.replay, 2, 1, lambda: executor.upload(bucket, inputs)).ms
-    timing = time_replays(executor, graph.replay, replays_for(once, STEPS), 5, lambda: executor.upload(bucket, inputs))
-    for name in ("tokens", "positions"):  # as the last steps left them
-        inputs[name] = executor.read(bucket, next(o for o in executor.plans[bucket].inputs if o.key == name))
+    graph, greedy = executor.graphs[bucket], words(0, executor.config.vocab_size, 0)
+    inputs["words"] = np.stack([greedy] * bucket.rows)
+    executor.run(bucket, inputs)  # the first tokens
+    inputs["source"] = np.arange(bucket.tokens, dtype=np.int32)
+    executor.upload(bucket, inputs)
+    once = time_replays(executor, graph.replay, 2, 1).ms
+    timing = time_replays(executor, graph.replay, replays_for(once, STEPS), 5)
+    inputs["tokens"] = executor.read(bucket, next(o for o in executor.plans[bucket].inputs if o.key == "tokens"))
     experts, config = seen_experts(executor, bucket, inputs), executor.config
     plan = executor.plans[bucket]
     sizes = [(step_bytes(config, step, context, experts), step.op.startswith("moe_gate_up")) for step in plan.steps]
@@ -122,10 +127,17 @@ def one_row(executor: CudaExecutor, yardstick: Yardstick, bucket: Bucket, contex
 
 
 def host_microseconds(executor: CudaExecutor, bucket: Bucket, inputs: Inputs, times: int) -> dict[str, float]:
-    """What a served step costs the host: all of `submit`, the graph launch in it, and what is left. The GPU is idle."""
+    """What a served step costs the host: submitting it (page tables unchanged, and all of them) and taking its result, the
+    graph launch in it, and what is left. The GPU is idle."""
+    rows, columns = inputs["full_table"].shape
+
+    def step(rows: int) -> None:
+        executor.inputs(bucket)
+        executor.submit(bucket, rows, columns)
+
+    executor.upload(bucket, inputs)
     calls: dict[str, Callable[[], None]] = {
-        "submit": lambda: executor.submit(bucket, inputs), "replay": executor.graphs[bucket].replay,
-        "upload": lambda: executor.upload(bucket, inputs)}
+        "submit": lambda: step(0), "submit tables": lambda: step(rows), "replay": executor.graphs[bucket].replay}
     found = {}
     for name, call in calls.items():
         seconds = []
@@ -134,6 +146,8 @@ def host_microseconds(executor: CudaExecutor, bucket: Bucket, inputs: Inputs, ti
             call()
             seconds.append(time.perf_counter() - start)
             executor.device.synchronize("timing the host")
+            if call is not calls["replay"]:
+                executor.result()
         found[name] = round(statistics.median(seconds) * 1e6, 1)
     return {**found, "outside": round(found["submit"] - found["replay"], 1)}
 

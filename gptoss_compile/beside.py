@@ -1,46 +1,64 @@
-"""The kernels beside the graph, compiled: the greedy end of a decode step, and what fills and lays out weights."""
+"""The kernels beside the graph, compiled: what stands before and behind a served step, and what makes weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from gptoss_compile.artifact import canonical_json
 from gptoss_compile.build import Binary, build
-from gptoss_compile.kernels import advance, generate
+from gptoss_compile.gumbel import FIELDS
+from gptoss_compile.kernels import generate, sample
 from gptoss_compile.kernels.sm90 import layout
 from gptoss_compile.kernels.spec import Launch, TensorSpec
-from gptoss_compile.launch_plan import LAYOUTS, RANDOM_WEIGHTS, KernelLaunch, LaunchPlan, Operand, Step
+from gptoss_compile.launch_plan import LAYOUTS, RANDOM_WEIGHTS, KernelLaunch, LaunchPlan, Operand, Step, Value
 from gptoss_compile.memory import align
 from gptoss_compile.passes.base import Context
 from gptoss_compile.target import Target
 
 
-def advance_launch(ctx: Context) -> Launch:
-    """The launch of `advance` for a decode bucket."""
-    count = ctx.bucket.tokens
-    (launch,) = advance.instantiate(ctx.target, {
-        "logits": TensorSpec((count, ctx.config.vocab_size), "fp32"), "tokens": TensorSpec((count,), "i32"),
-        "positions": TensorSpec((count,), "i32")})
-    return launch
+def serving_launches(ctx: Context) -> dict[str, Launch]:
+    """The launches of `feed` and `sample` for a bucket."""
+    bucket = ctx.bucket
+    tokens, sampled = TensorSpec((bucket.tokens,), "i32"), TensorSpec((bucket.rows,), "i32")
+    logits, words = TensorSpec((bucket.rows, ctx.config.vocab_size), "fp32"), TensorSpec((bucket.rows, FIELDS), "i32")
+    (feed,) = sample.instantiate_feed(ctx.target, {"tokens": tokens, "source": tokens, "sampled": sampled})
+    (choose,) = sample.instantiate_sample(ctx.target, {"logits": logits, "words": words, "sampled": sampled})
+    return {"feed": feed, "sample": choose}
 
 
-def with_advance(plan: LaunchPlan, launch: Launch, binary: str, target: Target) -> LaunchPlan:
-    """The plan with `advance` behind its steps. Its scratch lies behind the arena, its counters in the workspace."""
-    inputs = {str(operand.key): operand for operand in plan.inputs}
+def with_serving(plan: LaunchPlan, launches: Mapping[str, Launch], binary_of: Callable[[Launch], str],
+                 target: Target) -> LaunchPlan:
+    """The plan with `feed` before its steps and `sample` behind them, whose scratch lies behind the arena.
+
+    The first kernel then waits for `feed` to end, whose tokens it or the next may read before it waits for anything.
+    """
+    tokens = next(operand for operand in plan.inputs if operand.key == "tokens")
+    rows = plan.logits.shape[0]
+    sampled = Operand("state", "sampled", "i32", (rows,))
+    source = Operand("input", "source", "i32", tokens.shape)
+    words = Operand("input", "words", "i32", (rows, FIELDS))
     arena, workspace, scratch = plan.arena_bytes, 0, []
-    for i, spec in enumerate(launch.scratch):
-        if i in launch.zeroed:
+    for i, spec in enumerate(launches["sample"].scratch):
+        if i in launches["sample"].zeroed:
             scratch.append(Operand("workspace", workspace, spec.dtype, spec.shape))
             workspace += align(spec.bytes)
         else:
             scratch.append(Operand("arena", arena, spec.dtype, spec.shape))
             arena += align(spec.bytes)
-    tokens, positions = inputs["tokens"], inputs["positions"]
-    planned = KernelLaunch(binary, launch.grid, launch.args, tuple(scratch), target.has("pdl"))
-    step = Step("advance", "advance", {"logits": plan.logits, "tokens": tokens, "positions": positions},
-                (tokens, positions), (planned,), (), launch.moved, launch.flops)
-    return replace(plan, advance=step, arena_bytes=arena, workspace_bytes=max(plan.workspace_bytes, workspace))
+
+    def step(name: str, operands: dict[str, Value], out: Operand, scratch: Sequence[Operand], pdl: bool) -> Step:
+        launch = launches[name]
+        planned = KernelLaunch(binary_of(launch), launch.grid, launch.args, tuple(scratch), pdl)
+        return Step(name, name, operands, (out,), (planned,), (), launch.moved, launch.flops)
+
+    first, *others = plan.steps
+    first = replace(first, launches=(replace(first.launches[0], pdl=False), *first.launches[1:]))
+    return replace(
+        plan, steps=(first, *others), arena_bytes=arena, workspace_bytes=max(plan.workspace_bytes, workspace),
+        feed=step("feed", {"tokens": tokens, "source": source, "sampled": sampled}, tokens, (), False),
+        sample=step("sample", {"logits": plan.logits, "words": words, "sampled": sampled}, sampled, scratch,
+                    target.has("pdl")))
 
 
 def layout_files(plans: Sequence[LaunchPlan], target: Target) -> list[tuple[str, bytes]]:

@@ -177,20 +177,18 @@ def generate(graph: fx.Graph, ctx: Context) -> tuple[LaunchPlan, list[tuple[str,
             path = Path(folder) / f"{ctx.bucket.name}.pt2"
             compile_graph(graph, str(path))
             return make_plan(graph, ctx), [(path.name, path.read_bytes())]
-    from gptoss_compile.beside import advance_launch, with_advance
+    from gptoss_compile.beside import serving_launches, with_serving
     from gptoss_compile.build import build_all, key_of
 
     launches = [launch for node in calls(graph) for launch in
                 node.meta["kernel"].instantiate(ctx.target, tensor_operands(node_operands(node)))]
-    advance = advance_launch(ctx) if ctx.bucket.kind == "decode" else None
-    binaries = build_all([launch.source for launch in (*launches, *filter(None, (advance,)))], ctx.target)
+    around = serving_launches(ctx)
+    binaries = build_all([launch.source for launch in (*launches, *around.values())], ctx.target)
 
     def stem(launch: Launch) -> str:
         return binaries[key_of(launch.source, ctx.target)].stem
 
-    plan = make_plan(graph, ctx, binary_of=stem)
-    if advance is not None:
-        plan = with_advance(plan, advance, stem(advance), ctx.target)
+    plan = with_serving(make_plan(graph, ctx, binary_of=stem), around, stem, ctx.target)
     files = [file for b in binaries.values() for file in (
         (f"{b.stem}.{b.suffix}", b.code), (f"{b.stem}.json", canonical_json(b.metadata())))]
     return plan, files

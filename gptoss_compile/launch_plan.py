@@ -19,10 +19,20 @@ ALIGNMENT = 256  # bytes; every buffer of the arena starts at a multiple
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A part of a tensor: start to stop along one axis."""
+
+    axis: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Weight:
     """How a weight of the artifact is made from the checkpoint's logical tensors.
 
-    parts: logical names concatenated along axis 0; or, for a constant of the architecture, its `values`.
+    parts: logical names concatenated along axis 0; or, for a constant of the architecture, its `values`. Zeros if there is
+    neither. cuts: what is taken of each part, where several ranks share the model; none: all of it.
     """
 
     name: str
@@ -30,6 +40,7 @@ class Weight:
     shape: tuple[int, ...]
     parts: tuple[str, ...] = ()
     values: tuple[float, ...] = ()
+    cuts: tuple[Cut, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value != ()}
@@ -37,7 +48,7 @@ class Weight:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Weight:
         return cls(data["name"], data["dtype"], tuple(data["shape"]), tuple(data.get("parts", ())),
-                   tuple(data.get("values", ())))
+                   tuple(data.get("values", ())), tuple(Cut(**cut) for cut in data.get("cuts", ())))
 
 
 @dataclass(frozen=True)
@@ -59,14 +70,15 @@ class Layout:
         return experts * (rows // 64) * (blocks // 2) * 2176
 
 
-Place = Literal["arena", "workspace", "input", "weight", "cache"]
+Place = Literal["arena", "workspace", "input", "weight", "cache", "state"]
 
 
 @dataclass(frozen=True)
 class Operand:
     """A tensor of a step: where it lives and its shape. `key`: byte offset in the arena or workspace, or a name.
 
-    The arena holds intermediates; the workspace, counters that start as zeros and that every kernel leaves as zeros.
+    The arena holds intermediates; the workspace, counters that start as zeros and that every kernel leaves as zeros. State
+    is what one step leaves to the next, whatever its bucket; it has as many rows as the largest bucket.
     """
 
     place: Place
@@ -122,7 +134,7 @@ class LaunchPlan:
     """One bucket's step for one rank. caches: one a layer; weights: in the order of the traced graph's placeholders.
 
     layouts: by name, the weights that the device keeps otherwise than row by row.
-    advance: of decode buckets, the greedy end that may follow the steps: it turns the inputs into those of the next token.
+    feed and sample: on a GPU, what stands before and behind the steps; see `kernels/sample.py`.
     """
 
     bucket: str
@@ -138,7 +150,8 @@ class LaunchPlan:
     layouts: dict[str, Layout]
     steps: tuple[Step, ...]
     logits: Operand
-    advance: Step | None = None
+    feed: Step | None = None
+    sample: Step | None = None
 
     def dumps(self) -> str:
         """Indented JSON with one step's parts to a line, the same bytes for equal plans."""
@@ -152,7 +165,8 @@ class LaunchPlan:
             data["workspace_bytes"], tuple(map(_operand, data["inputs"])), tuple(map(_operand, data["caches"])),
             tuple(map(Weight.from_json, data["weights"])),
             {name: Layout(x["kind"], tuple(x["sources"])) for name, x in data["layouts"].items()},
-            tuple(map(_step, data["steps"])), _operand(data["logits"]), _step(data["advance"]) if data["advance"] else None)
+            tuple(map(_step, data["steps"])), _operand(data["logits"]),
+            *(_step(data[name]) if data[name] else None for name in ("feed", "sample")))
 
 
 def _encode(plan: LaunchPlan) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from gptoss_compile.kernels import (
-    advance,
     attention,
     embed,
     generate,
@@ -13,6 +12,7 @@ from gptoss_compile.kernels import (
     quantize,
     rope,
     router,
+    sample,
 )
 from gptoss_compile.kernels.sm90 import attention as sm90_attention
 from gptoss_compile.kernels.sm90 import linear as sm90_linear
@@ -28,4 +28,4 @@ SPECS: tuple[KernelSpec, ...] = (
 )
 
 # Kernels beside the graph, which no pass chooses: the executor runs them.
-BESIDE: tuple[KernelSpec, ...] = (*advance.SPECS, *generate.SPECS)
+BESIDE: tuple[KernelSpec, ...] = (*sample.SPECS, *generate.SPECS)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_compile import gumbel
 from gptoss_compile.config import Bucket
 from gptoss_compile.launch_plan import Operand, Step
 from gptoss_compile.random_weights import widen_bf16
@@ -64,8 +65,9 @@ class Report:
 
 def check_bucket(executor: CudaExecutor, bucket: Bucket, expected: Mapping[str, Array], replays: int) -> Report:
     """Run one step in every way there is and compare."""
-    steps = executor.plans[bucket].steps
-    report = Report(bucket.name, sum(len(step.launches) for step in steps), executor.graphs[bucket].programmatic)
+    plan = executor.plans[bucket]
+    steps, around = plan.steps, [step for step in (plan.feed, plan.sample) if step]
+    report = Report(bucket.name, sum(len(step.launches) for step in (*steps, *around)), executor.graphs[bucket].programmatic)
     inputs = {name.removeprefix("input."): value for name, value in expected.items() if name.startswith("input.")}
     _each_step(executor, bucket, inputs, expected, report)
     _restore_caches(executor, bucket, expected)
@@ -77,6 +79,7 @@ def check_bucket(executor: CudaExecutor, bucket: Bucket, expected: Mapping[str, 
         report.faults.append(f"the whole step's logits are {report.chain:.2e} off")
     _restore_caches(executor, bucket, expected)
     _replay(executor, bucket, inputs, logits, replays, report)
+    _choices(executor, bucket, inputs, logits, report)
     if any(not np.array_equal(a, b) for a, b in zip(caches, _caches(executor, bucket), strict=True)):
         report.faults.append("the graph leaves other keys and values than its launches one by one")
     if executor.workspace().any():
@@ -125,6 +128,36 @@ def _replay(executor: CudaExecutor, bucket: Bucket, inputs: Mapping[str, Array],
             report.faults.append(f"replay {report.replays} gives other logits than the launches one by one")
             break
     report.replay_seconds = float(np.median(seconds))
+
+
+def _choices(executor: CudaExecutor, bucket: Bucket, inputs: Mapping[str, Array], logits: Array, report: Report) -> None:
+    """The graph again, its tokens fed and others chosen, greedily and at temperatures: what was fed is where it belongs, and
+    what was chosen has the largest value, but for what a logarithm's last bits may change."""
+    plan, rows, vocab = executor.plans[bucket], bucket.rows, executor.config.vocab_size
+    sampled, tokens = _operand(plan.sample, "sampled"), _operand(plan.feed, "tokens")
+    temperatures = np.resize((0, 1, -1, 0.3), rows).tolist()
+    asked = np.stack([gumbel.words(t, vocab - row % 3, 12345678901 * row, row) for row, t in enumerate(temperatures)])
+    fed = np.resize(np.array(inputs["tokens"][::-1], np.int32), executor.true_shape(sampled).shape)
+    executor.write(bucket, sampled, fed)
+    source = np.where(inputs["positions"] >= 0, np.arange(bucket.tokens) % rows, -1).astype(np.int32)
+    expected = np.where(source >= 0, fed[source], inputs["tokens"])
+    executor.upload(bucket, {**inputs, "source": source, "words": asked})
+    executor.graphs[bucket].replay()
+    if not np.array_equal(executor.read(bucket, tokens), expected):
+        report.faults.append("tokens of the step before do not come where they belong")
+    executor.run(bucket, {**inputs, "words": asked})
+    chosen = executor.read(bucket, sampled)[:rows]
+    for row in np.flatnonzero(chosen != gumbel.choose(logits, asked)).tolist():
+        temperature, (_, limit, *key) = temperatures[row], asked[row].tolist()
+        values = logits[row, :limit] + np.float32(max(temperature, 0)) * gumbel.noise(limit, *key)
+        if temperature <= 0 or not 0 <= chosen[row] < limit or values[chosen[row]] < values.max() - 1e-4:
+            report.faults.append(f"row {row}: token {chosen[row]} is chosen at temperature {temperature}")
+
+
+def _operand(step: Step | None, name: str) -> Operand:
+    value = step.operands[name] if step else None
+    assert isinstance(value, Operand)
+    return value
 
 
 def _describe(operand: Operand, index: int) -> str:

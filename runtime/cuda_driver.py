@@ -156,6 +156,15 @@ class Device:
         """Copy pinned host memory to the device, in the stream's order."""
         self.check(self.api.cuMemcpyHtoDAsync(address, source.ctypes.data, source.nbytes, stream), "copying to the GPU")
 
+    def upload_rows(self, address: int, source: int, rows: int, size: int, pitch: int) -> None:
+        """Copy the first `size` bytes of rows that lie `pitch` bytes apart, from pinned memory, in the stream's order."""
+        copy = self.api.CUDA_MEMCPY2D()
+        copy.srcMemoryType, copy.srcHost = self.api.CUmemorytype.CU_MEMORYTYPE_HOST, source
+        copy.dstMemoryType, copy.dstDevice = self.api.CUmemorytype.CU_MEMORYTYPE_DEVICE, address
+        copy.srcPitch = copy.dstPitch = pitch
+        copy.WidthInBytes, copy.Height = size, rows
+        self.check(self.api.cuMemcpy2DAsync(copy, self.stream), "copying to the GPU")
+
     def download(self, target: Bytes, address: int, stream: Any) -> None:
         """Copy device memory to pinned host memory, in the stream's order."""
         result = self.api.cuMemcpyDtoHAsync(target.ctypes.data, address, target.nbytes, stream)

@@ -1,4 +1,10 @@
-"""The engine: one thread that runs schedule → executor.run → sample → deliver until it is told to stop."""
+"""The engine: one thread that schedules, submits, takes results and delivers until it is told to stop.
+
+Where the executor gains by it, the engine runs one step ahead: while step n runs, step n+1 is scheduled and submitted, and
+reads on the device the tokens that step n will choose. So a sequence that ends in step n is in step n+1 all the same, and
+what that gives is dropped. The one rule: behind a step of which the host needs logits (because a request asks for more than
+a temperature, or for log-probabilities), nothing is scheduled before its result is there.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +14,22 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from gptoss_compile.gumbel import NO_TOKEN
 from gptoss_compile.runtime.batch import StepInputs
 from gptoss_compile.runtime.executor import Executor, Floats
 from gptoss_compile.runtime.kv_cache import KVCache
-from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput
+from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput, Wake, wake
 from gptoss_compile.runtime.prefix_cache import PrefixCache
 from gptoss_compile.runtime.request import Finished, LogitsProcessor, Request
-from gptoss_compile.runtime.sampler import Sampler, TokenLogprobs
+from gptoss_compile.runtime.sampler import LogitsError, Sampler, TokenLogprobs
 from gptoss_compile.runtime.sampling_params import RequestError, SamplingParams
-from gptoss_compile.runtime.scheduler import Chunk, Scheduler, Step
+from gptoss_compile.runtime.scheduler import Scheduler, Step
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +70,11 @@ class _Live:
         return tuple(self.prompt_logprobs) if wanted and complete else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Answer:
-    """What one step gave one request: a token if it sampled one."""
+    """What one step gave one request: a token if it chose one."""
 
-    request_id: str
+    request: Request
     token: int | None = None
     logprobs: TokenLogprobs | None = None
 
@@ -88,8 +96,9 @@ class Engine:
         prefix = PrefixCache(self._cache, enabled=enable_prefix_caching)
         self._scheduler = Scheduler(executor.buckets, self._cache, prefix, max_num_seqs=max_num_seqs,
                                     max_num_batched_tokens=max_num_batched_tokens)
-        self._inputs = StepInputs(self._cache)
+        self._flights: deque[Step] = deque()  # submitted, oldest first
         self._vocab_limit = min(vocab_limit or executor.config.vocab_size, executor.config.vocab_size)
+        self._inputs = StepInputs(executor, self._vocab_limit)
         self._sampler = Sampler(self._vocab_limit)
         self._eos_ids = frozenset(executor.config.eos_ids)
         self.max_model_len = min(executor.max_context, self._cache.full.capacity * executor.page_size)
@@ -198,13 +207,13 @@ class Engine:
         try:
             while True:
                 self._receive()
-                if not self._scheduler.has_work:
+                if self._idle:
                     if self._closing and self._inbox.empty():
                         break
                     continue
-                step = self._scheduler.schedule()
-                assert step is not None
-                self._run(step)
+                started = self._start_step()
+                if self._flights and not (started and len(self._flights) == 1 and self._executor.runs_ahead):
+                    self._end_step(self._flights.popleft())
         except Exception as failure:
             logger.exception("the engine failed")
             cause = f"{type(failure).__name__}: {failure}"
@@ -213,71 +222,110 @@ class Engine:
             self.error = error
         self._end(error)
 
+    @property
+    def _idle(self) -> bool:
+        return not (self._flights or self._scheduler.has_work)
+
     def _receive(self) -> None:
         """Take in what was submitted and aborted; wait for it if there is nothing else to do."""
         received = False
-        while not self._inbox.empty() or not (received or self._scheduler.has_work or self._closing):
+        while not self._inbox.empty() or (self._idle and not received and not self._closing):
             self._inbox.get()()
             received = True
             self._last_step = self._last_step if self._scheduler.num_running else time.monotonic()
         if received:
             self._publish()
 
-    def _run(self, step: Step) -> None:
-        logits = self._executor.run(step.bucket, self._inputs.build(step))
+    def _start_step(self) -> bool:
+        """Submit a step if there is one to be scheduled now."""
+        if self._flights and self._flights[-1].needs_host:
+            return False
+        step = self._scheduler.schedule()
+        if step is None:
+            return False
+        self._executor.submit(step.bucket, *self._inputs.build(step))
+        self._scheduler.start(step)
+        self._flights.append(step)
+        return True
+
+    def _end_step(self, step: Step) -> None:
+        """Take the result of the oldest step in flight, and deliver it."""
+        chosen = self._executor.result().tolist()
         self._last_step = time.monotonic()
-        rows = zip(step.chunks, step.first_rows, strict=True)
-        answers = [self._sample(chunk, logits, row) for chunk, row in rows]
-        committed = self._scheduler.commit(step, [answer.token for answer in answers])
-        finished = {f.request.request_id: f for f in committed}
-        for request in (chunk.sequence.request for chunk in step.chunks if chunk.samples):
-            if request.logits_processor and request.request_id not in finished:
-                request.logits_processor.prepare(request.generated)
-        answers = [a for a in answers if a.token is not None or a.request_id in finished]
+        logits = self._host_logits(step)
+        answers, tokens = [], []
+        for chunk, row in zip(step.chunks, step.first_rows, strict=True):
+            request, token, logprobs = chunk.sequence.request, None, None
+            if not request.ended:
+                if chunk.scored:
+                    self._score(request, chunk.scored, logits, row)
+                if chunk.samples:
+                    row += len(chunk.scored)
+                    token, logprobs = self._sample(request, logits[row]) if request.on_host else (chosen[row], None)
+                    if token == NO_TOKEN:
+                        raise LogitsError(f"request {request.request_id!r}, token {len(request.tokens)}: the largest logit "
+                                          "is not finite")
+                answers.append(_Answer(request, token, logprobs))
+            tokens.append(token)
+        finished = {f.request: f for f in self._scheduler.commit(step, tokens)}
+        answers = [a for a in answers if a.token is not None or a.request in finished]
+        for answer in answers:
+            if (processor := answer.request.logits_processor) and answer.request not in finished:
+                processor.prepare(answer.request.generated)
         self._count(answers)
         self._publish()
-        for answer in answers:
-            self._deliver(answer, finished.get(answer.request_id))
+        self._deliver((answer, finished.get(answer.request)) for answer in answers)
 
-    def _sample(self, chunk: Chunk, logits_RV: Floats, row: int) -> _Answer:
-        """Score the chunk's prompt tokens and choose its next token, from its rows of the logits."""
-        request = chunk.sequence.request
-        for position in chunk.scored:
-            assert request.params.prompt_logprobs is not None
-            self._live[request.request_id].prompt_logprobs.append(self._sampler.logprobs(
-                logits_RV[row], request.tokens[position + 1], request.params.prompt_logprobs))
-            row += 1
-        if not chunk.samples:
-            return _Answer(request.request_id)
-        token = self._sampler.sample(logits_RV[row], request)
-        if request.params.logprobs is None:
-            return _Answer(request.request_id, token)
-        logprobs = self._sampler.logprobs(logits_RV[row], token, request.params.logprobs)
-        return _Answer(request.request_id, token, logprobs)
+    def _host_logits(self, step: Step) -> dict[int, Floats]:
+        """The rows of a step's logits that the host needs."""
+        if not step.needs_host:
+            return {}
+        rows: list[int] = []
+        for chunk, row in zip(step.chunks, step.first_rows, strict=True):
+            on_host = chunk.samples and chunk.sequence.request.on_host
+            rows += range(row, row + len(chunk.scored))
+            rows += [row + len(chunk.scored)] * on_host
+        return dict(zip(rows, self._executor.logits(rows), strict=True))
 
-    def _deliver(self, answer: _Answer, finished: Finished | None) -> None:
-        live = self._live[answer.request_id]
-        output = RequestOutput(
-            answer.request_id,
-            token_ids=() if answer.token is None else (answer.token,),
-            logprobs=None if answer.logprobs is None else (answer.logprobs,),
-            prompt_logprobs=None if live.delivered else live.scores,
-            finish_reason=finished.reason if finished else None,
-            stop_id=finished.stop_id if finished else None,
-            cached_tokens=live.request.cached_tokens or 0)
-        live.delivered = True
-        if finished:
-            with self._lock:
-                del self._live[answer.request_id]
-        live.handle.deliver(output)
+    def _score(self, request: Request, scored: range, logits: dict[int, Floats], row: int) -> None:
+        """Log-probabilities of prompt tokens, from the rows of the logits that begin at `row`."""
+        count = request.params.prompt_logprobs
+        assert count is not None
+        scores = self._live[request.request_id].prompt_logprobs
+        for position in scored:
+            scores.append(self._sampler.logprobs(logits[row + position - scored.start], request.tokens[position + 1], count))
+
+    def _sample(self, request: Request, logits_V: Floats) -> tuple[int, TokenLogprobs | None]:
+        token, count = self._sampler.sample(logits_V, request), request.params.logprobs
+        return token, None if count is None else self._sampler.logprobs(logits_V, token, count)
+
+    def _deliver(self, answers: Iterable[tuple[_Answer, Finished | None]]) -> None:
+        waiting: list[tuple[RequestHandle, Wake]] = []
+        for answer, finished in answers:
+            live = self._live[answer.request.request_id]
+            output = RequestOutput(
+                answer.request.request_id,
+                token_ids=() if answer.token is None else (answer.token,),
+                logprobs=None if answer.logprobs is None else (answer.logprobs,),
+                prompt_logprobs=None if live.delivered else live.scores,
+                finish_reason=finished.reason if finished else None,
+                stop_id=finished.stop_id if finished else None,
+                cached_tokens=live.request.cached_tokens or 0)
+            live.delivered = True
+            if finished:
+                with self._lock:
+                    del self._live[answer.request.request_id]
+            if consumer := live.handle.deliver(output):
+                waiting.append((live.handle, consumer))
+        wake(waiting)
 
     def _abort(self, request: Request) -> None:
         live = self._live.get(request.request_id)
         if live is None or live.request is not request:
             return  # it has finished, and another may have its name by now
-        if finished := self._scheduler.abort(request.request_id):
+        if finished := self._scheduler.abort(request):
             self._publish()
-            self._deliver(_Answer(request.request_id), finished)
+            self._deliver([(_Answer(request), finished)])
 
     def _abort_all(self) -> None:
         for live in list(self._live.values()):
@@ -291,17 +339,16 @@ class Engine:
             self._live.clear()
         try:
             for live in left:
-                self._scheduler.abort(live.request.request_id)
+                self._scheduler.abort(live.request)
             self._publish()
         finally:  # a failure may have left the scheduler in pieces; nobody must wait for ever because of that
-            for live in left:
-                live.handle.fail(error)
+            wake((live.handle, consumer) for live in left if (consumer := live.handle.fail(error)))
             self._executor.close()
 
     def _count(self, answers: Sequence[_Answer]) -> None:
         self._steps += 1
         for answer in answers:
-            live = self._live[answer.request_id]
+            live = self._live[answer.request.request_id]
             self._generation_tokens += answer.token is not None
             if not live.delivered:
                 self._prompt_tokens += live.request.prompt_length

@@ -10,18 +10,20 @@ import numpy as np
 from gptoss_compile.artifact import Artifact, ArtifactError
 from gptoss_compile.config import Bucket
 from gptoss_compile.launch_plan import LaunchPlan
+from gptoss_compile.runtime.executor import HostSteps
 from gptoss_compile.runtime.pools import pool_sizes
 
 Step = Callable[..., Any]
 CACHE_BYTES = 4 << 30  # of memory for keys and values, unless --kv-pages says otherwise
 
 
-class CpuExecutor:
+class CpuExecutor(HostSteps):
     """Weights, caches and one compiled step a bucket, all in this process. See `executor.Executor`."""
 
     def __init__(self, artifact: Artifact, num_pages: int, num_window_pages: int) -> None:
         import torch
 
+        super().__init__()
         self.config, self.buckets = artifact.config, artifact.buckets
         self.page_size, self.max_context, self.window_ring = artifact.page_size, artifact.max_context, artifact.window_ring
         self.num_pages, self.num_window_pages = num_pages, num_window_pages

@@ -1,15 +1,18 @@
 """The sm targets: replays an artifact's plans as CUDA graphs, through cuda.bindings and numpy alone.
 
 Everything has its place before the first step: one arena (of the largest plan), one zeroed workspace, weights, caches,
-and inputs a bucket. So a step is one copy of its inputs, one graph launch and one copy of its logits. A greedy decode
-needs neither copy: its graph ends with a kernel that writes the next token where the step reads its own.
+the tokens that the last step chose, and inputs a bucket. So a step is one copy of its inputs (two where page tables have
+changed), one graph launch and one copy of a few chosen tokens. Its graph begins with a kernel that puts tokens of the step
+before in their places and ends with one that chooses; logits stay on the device unless they are asked for.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from time import perf_counter
 from typing import Any
 
@@ -17,9 +20,10 @@ import numpy as np
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
+from gptoss_compile.gumbel import NOTHING
 from gptoss_compile.launch_plan import LaunchPlan, Operand, Step
 from gptoss_compile.runtime.cuda_driver import Bytes, Device, load_kernel
-from gptoss_compile.runtime.executor import Floats, Ints
+from gptoss_compile.runtime.executor import Floats, Ints, input_shapes
 from gptoss_compile.runtime.graphs import Graph, Launch, prepare
 from gptoss_compile.runtime.pools import pool_sizes
 from gptoss_compile.runtime.staging import Progress
@@ -34,7 +38,9 @@ POISON = 0xFF  # NaN in every float format used
 
 
 class CudaExecutor:
-    """One artifact on one GPU. See `executor.Executor`; `run_steps`, `read` and `write` are for checking kernels."""
+    """One artifact on one GPU. See `executor.Executor`; the rest is for checking and timing kernels."""
+
+    runs_ahead = True
 
     def __init__(self, artifact: Artifact, device: Device, num_pages: int | None, max_num_seqs: int,
                  progress: Progress | None = None) -> None:
@@ -45,25 +51,33 @@ class CudaExecutor:
         self.seconds: dict[str, float] = {}
         self.plans = {b: LaunchPlan.loads(artifact.file(f"plans/{b.name}.json").read_text()) for b in self.buckets}
         plans = self.plans.values()
+        self._places: dict[str, int] = {}
         with self._phase("memory"):
             self._arena = device.allocate(max(p.arena_bytes for p in plans), "intermediate results")
             self._workspace = device.allocate(max(p.workspace_bytes for p in plans), "kernels' counters")
-            self._weights = DeviceWeights(device, plans)
-            self._places: dict[str, int] = dict(self._weights.places)
-            self._inputs = {b: _InputBuffer(device, plan) for b, plan in self.plans.items()}
-            self._allocate_caches(num_pages, max_num_seqs)
+            table = -(-self.max_context // self.page_size)
+            self._inputs = {b: _InputBuffer(device, b, input_shapes(b, table, self.window_ring)) for b in self.buckets}
+            self._rows = max(bucket.rows for bucket in self.buckets)
+            self._places["sampled"] = device.allocate(4 * self._rows, "chosen tokens")
+            self._landings = [_Landing(device, self._rows) for _ in range(2)]
+            self._flights: deque[tuple[Bucket, _Landing]] = deque()  # submitted, oldest first
+            self._landed = self.buckets[0]  # of the result that was taken last
             self._host_logits = device.allocate_pinned(max(p.logits.bytes for p in plans), "logits")
+        with self._phase("weights"):  # before the caches take what memory is left: laying them out takes some for a while
+            self._weights = DeviceWeights(device, plans)
+            self._weights.load(artifact, progress)
+        self._places |= self._weights.places
+        with self._phase("KV cache"):
+            self._allocate_caches(num_pages, max_num_seqs)
         with self._phase("kernels"):
             self._kernels = {name: load_kernel(artifact, device, name) for name in _binaries(plans)}
         self._launches = {b: self.prepare(b, plan.steps) for b, plan in self.plans.items()}
-        self._advance = {b: self.prepare(b, [plan.advance]) for b, plan in self.plans.items() if plan.advance}
-        with self._phase("weights"):
-            self._weights.load(artifact, progress)
+        self._around = {b: self.prepare(b, _around(plan)) for b, plan in self.plans.items()}
         self.graphs: dict[Bucket, Graph] = {}
-        self._loops: dict[Bucket, Graph] = {}
         for bucket, steps in self._launches.items():
+            before, behind = self._around[bucket]
             with self._phase(f"capture {bucket}"):
-                self.graphs[bucket] = self.capture(bucket.name, steps)
+                self.graphs[bucket] = self.capture(bucket.name, [before, *steps, behind])
         device.synchronize("loading the artifact")
 
     @classmethod
@@ -80,41 +94,60 @@ class CudaExecutor:
             device.close()
             raise
 
+    def inputs(self, bucket: Bucket) -> Mapping[str, Ints]:
+        return self._inputs[bucket].arrays()
+
+    def submit(self, bucket: Bucket, rows: int, columns: int) -> None:
+        self._device.use()
+        self._inputs[bucket].send(rows, columns)
+        self.graphs[bucket].replay()
+        landing = self._landings[0]
+        self._landings.reverse()
+        self._device.download(landing.memory[: 4 * bucket.rows], self._places["sampled"], self._device.stream)
+        self._device.record(landing.landed)
+        self._flights.append((bucket, landing))
+
+    def result(self) -> Ints:
+        bucket, landing = self._flights.popleft()
+        self._device.wait_for(landing.landed, f"running {bucket.name}")
+        self._landed = bucket
+        return landing.tokens[: bucket.rows]
+
+    def logits(self, rows: Sequence[int]) -> Floats:
+        assert not self._flights, "a later step has overwritten them"
+        logits = self.plans[self._landed].logits
+        size = logits.bytes // logits.shape[0]
+        first = self._arena + int(logits.key)
+        at = 0
+        for start, count in _runs(rows):
+            part = self._host_logits[at : at + count * size]
+            self._device.download(part, first + start * size, self._device.stream)
+            at += count * size
+        self._device.synchronize("copying logits")
+        result: Floats = self._host_logits[:at].view(np.float32).reshape(len(rows), -1)
+        return result
+
+    # Checking and timing ------------------------------------------------------------------------------------
+
     def run(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> Floats:
         """The step's logits [R, V] fp32, valid until the next call; keys and values go to the caches."""
-        self.submit(bucket, inputs)
-        return self.result(bucket)
-
-    def submit(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> None:
-        """Start a step; `inputs` may be overwritten as soon as this returns. `result` comes before the next step."""
-        self._device.use()
         self.upload(bucket, inputs)
         self.graphs[bucket].replay()
         logits = self.plans[bucket].logits
         self._device.download(self._host_logits[: logits.bytes], self._arena + int(logits.key), self._device.stream)
-
-    def result(self, bucket: Bucket) -> Floats:
-        """Wait for the step that was submitted: its logits, valid until the next one."""
         self._device.synchronize(f"running {bucket.name}")
-        logits = self.plans[bucket].logits
         result: Floats = self._host_logits[: logits.bytes].view(np.float32).reshape(logits.shape)
         return result
 
     def upload(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> None:
-        """Put the inputs of a step in their places, in the stream's order."""
-        self._inputs[bucket].upload(inputs)
-
-    def greedy(self, bucket: Bucket) -> Graph:
-        """A decode bucket's step with `advance` behind it: every replay decodes one more token of each sequence.
-
-        It reads the inputs that were uploaded last and leaves the next step's in their place: the likeliest token, and
-        positions + 1. Whoever replays it sees to it that the page tables reach so far.
-        """
-        if bucket not in self._loops:
-            self._device.use()
-            steps = [*self._launches[bucket], *self._advance[bucket]]
-            self._loops[bucket] = self.capture(f"{bucket} with advance", steps)
-        return self._loops[bucket]
+        """Put all inputs of a step in their places, in the stream's order; without `source` and `words` none is chosen."""
+        self._device.use()
+        arrays = self._inputs[bucket].arrays()
+        arrays["source"][:], arrays["words"][:] = -1, NOTHING
+        for name, values in inputs.items():
+            assert values.shape == arrays[name].shape, (bucket, name, values.shape, arrays[name].shape)
+            arrays[name][...] = values
+        self._inputs[bucket].send(bucket.sequences, self._inputs[bucket].columns)
 
     def prepare(self, bucket: Bucket, steps: Sequence[Step]) -> list[list[Launch]]:
         """The launches of steps of a bucket's plan."""
@@ -139,12 +172,10 @@ class CudaExecutor:
     def close(self) -> None:
         if self.graphs:
             self._device.use()
-            for graph in (*self.graphs.values(), *self._loops.values()):
+            for graph in self.graphs.values():
                 graph.close()
             self.graphs.clear()
             self._device.close()
-
-    # Checking kernels ---------------------------------------------------------------------------------------
 
     def run_steps(self, bucket: Bucket, inputs: Mapping[str, Ints], watch: Watch | None = None) -> Floats:
         """`run` without a graph: the launches of each step alone, then watch(number, step), which may read and write.
@@ -153,7 +184,7 @@ class CudaExecutor:
         """
         device, plan = self._device, self.plans[bucket]
         self.poison(bucket)
-        self._inputs[bucket].upload(inputs)
+        self.upload(bucket, inputs)
         for number, (step, launches) in enumerate(zip(plan.steps, self._launches[bucket], strict=True)):
             for launch in launches:
                 launch.enqueue(device)
@@ -195,7 +226,9 @@ class CudaExecutor:
         return self.read(self.buckets[0], Operand("workspace", 0, "u8", (size,)))
 
     def true_shape(self, operand: Operand) -> Operand:
-        """A cache with as many pages as this executor gave it; any other operand as it is."""
+        """A cache with as many pages, and chosen tokens with as many rows, as there are here; any other operand as it is."""
+        if operand.place == "state":
+            return replace(operand, shape=(self._rows,))
         if operand.place != "cache":
             return operand
         windowed = self.config.windowed[int(str(operand.key).rpartition(".")[2])]
@@ -244,46 +277,66 @@ class CudaExecutor:
 
 
 class _InputBuffer:
-    """A bucket's inputs, side by side: on the device, and twice in pinned memory, so that one copy takes all and the host
-    writes the next step's while this step's are not yet copied."""
+    """A bucket's inputs, side by side, on the device and in pinned memory, the page tables last: most steps leave them as
+    they are, and then they are not sent."""
 
-    def __init__(self, device: Device, plan: LaunchPlan) -> None:
-        self._device, self._bucket = device, plan.bucket
-        size = sum(align(operand.bytes) for operand in plan.inputs)
-        self._address = device.allocate(size, f"inputs of {plan.bucket}")
-        self._sides = [_Side(device, plan, size) for _ in range(2)]
-        at = self._address
-        self.places: dict[str, int] = {}
-        for operand in plan.inputs:
-            self.places[str(operand.key)] = at
-            at += align(operand.bytes)
+    def __init__(self, device: Device, bucket: Bucket, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._device, self._bucket = device, bucket
+        sizes = {name: 4 * int(np.prod(shape)) for name, shape in shapes.items()}
+        starts = dict(zip(sizes, accumulate(map(align, sizes.values()), initial=0), strict=False))
+        total = sum(map(align, sizes.values()))
+        self._address = device.allocate(total, f"inputs of {bucket}")
+        self.places = {name: self._address + start for name, start in starts.items()}
+        self._memory = device.allocate_pinned(total, f"inputs of {bucket}")
+        self._memory[:] = 0
+        self._arrays = {name: self._memory[starts[name] : starts[name] + size].view(np.int32).reshape(shapes[name])
+                        for name, size in sizes.items()}
+        self._arrays["source"][:], self._arrays["words"][:] = -1, NOTHING
+        self._copied = device.new_event()
+        self._fixed, self._table = starts["window_table"], starts["full_table"]
+        self._ring, self.columns = shapes["window_table"][1], shapes["full_table"][1]
 
-    def upload(self, inputs: Mapping[str, Ints]) -> None:
-        self._sides.reverse()
-        side, device = self._sides[0], self._device
-        device.wait_for(side.copied, f"copying inputs of {self._bucket}")
-        for name, view in side.views.items():
-            assert inputs[name].shape == view.shape, (self._bucket, name, inputs[name].shape, view.shape)
-            view[...] = inputs[name]
-        device.upload(self._address, side.memory, device.stream)
-        device.record(side.copied)
+    def arrays(self) -> Mapping[str, Ints]:
+        """The arrays in pinned memory, once nothing is copied from them any more."""
+        self._device.wait_for(self._copied, f"copying inputs of {self._bucket}")
+        return self._arrays
+
+    def send(self, rows: int, columns: int) -> None:
+        """Copy all but the page tables, and so many rows of these and columns of full_table."""
+        device = self._device
+        device.upload(self._address, self._memory[: self._fixed + 4 * rows * self._ring], device.stream)
+        if rows:
+            source, target = self._memory.ctypes.data + self._table, self._address + self._table
+            device.upload_rows(target, source, rows, 4 * columns, 4 * self.columns)
+        device.record(self._copied)
 
 
-class _Side:
-    """Pinned memory for a plan's inputs, its views by name, and the event behind the last copy from it."""
+class _Landing:
+    """Pinned memory for the tokens that a step chose, and the event behind their copy."""
 
-    def __init__(self, device: Device, plan: LaunchPlan, size: int) -> None:
-        self.memory = device.allocate_pinned(size, f"inputs of {plan.bucket}")
-        self.copied = device.new_event()
-        self.views: dict[str, Array] = {}
-        at = 0
-        for operand in plan.inputs:
-            raw = self.memory[at : at + operand.bytes]
-            self.views[str(operand.key)] = raw.view(NUMPY[operand.dtype]).reshape(operand.shape)
-            at += align(operand.bytes)
+    def __init__(self, device: Device, rows: int) -> None:
+        self.memory = device.allocate_pinned(4 * rows, "chosen tokens")
+        self.tokens: Ints = self.memory.view(np.int32)
+        self.landed = device.new_event()
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as runs: (first, how many)."""
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        if runs and sum(runs[-1]) == row:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((row, 1))
+    return runs
+
+
+def _around(plan: LaunchPlan) -> tuple[Step, Step]:
+    assert plan.feed and plan.sample, "plans for a GPU choose their tokens there"
+    return plan.feed, plan.sample
 
 
 def _binaries(plans: Iterable[LaunchPlan]) -> list[str]:
     """The names of all that the plans launch."""
-    steps = [step for plan in plans for step in (*plan.steps, *filter(None, (plan.advance,)))]
+    steps = [step for plan in plans for step in (*plan.steps, *_around(plan))]
     return sorted({launch.binary for step in steps for launch in step.launches})

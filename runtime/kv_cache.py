@@ -8,8 +8,9 @@ token can still see; these sit in a ring of W table entries, page g in entry g m
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -91,13 +92,18 @@ class PagePool:
 
 @dataclass
 class SequencePages:
-    """What one running sequence holds, in logical pages: full [0, end) and window [window_start, end)."""
+    """What one running sequence holds, in logical pages: full [0, end) and window [window_start, end).
+
+    serial: no other sequence's is the same. version: changes whenever a row does.
+    """
 
     full_row: Ints  # [P] page ids; entries from `end` on mean nothing
     window_row: Ints  # [W] page ids, a ring
     window_start: int = 0
     end: int = 0
     named: int = 0  # full pages [0, named) have been offered to the prefix cache
+    version: int = 0
+    serial: int = field(default_factory=itertools.count().__next__)
 
 
 class KVCache:
@@ -147,6 +153,9 @@ class KVCache:
         that not one token fits.
         """
         first = self.first_window_page(start)
+        if first <= held.window_start and end <= held.end * self.page_size:
+            return end
+        held.version += 1
         for page in range(held.window_start, min(first, held.end)):
             self._release_window(held, page)
         held.window_start = max(held.window_start, first)

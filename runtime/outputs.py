@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 from gptoss_compile.runtime.request import FinishReason
 from gptoss_compile.runtime.sampler import TokenLogprobs
+
+# How a consumer that waits goes on, and the event loop it lives in.
+Wake = tuple[asyncio.AbstractEventLoop | None, Callable[[], object]]
 
 
 class EngineError(RuntimeError):
@@ -65,7 +67,7 @@ class RequestHandle:
         self._outputs: list[RequestOutput] = []
         self._ended = False
         self._error: EngineError | None = None
-        self._wake: Callable[[], object] | None = None
+        self._wake: Wake | None = None
 
     def abort(self) -> None:
         """End the request soon, whatever its state; its last output then has finish_reason `abort`."""
@@ -82,7 +84,7 @@ class RequestHandle:
     def __iter__(self) -> Iterator[RequestOutput]:
         while True:
             event = threading.Event()
-            output, more = self._take(event.set)
+            output, more = self._take((None, event.set))
             if output:
                 yield output
             elif more:
@@ -94,7 +96,7 @@ class RequestHandle:
         loop = asyncio.get_running_loop()
         while True:
             event = asyncio.Event()
-            output, more = self._take(partial(loop.call_soon_threadsafe, event.set))
+            output, more = self._take((loop, event.set))
             if output:
                 yield output
             elif more:
@@ -102,8 +104,8 @@ class RequestHandle:
             if not more:
                 return
 
-    def _take(self, wake: Callable[[], object]) -> tuple[RequestOutput | None, bool]:
-        """What has piled up, and whether more may come. If nothing has, `wake` is called once it does."""
+    def _take(self, wake: Wake) -> tuple[RequestOutput | None, bool]:
+        """What has piled up, and whether more may come. If nothing has, the consumer is woken once it does."""
         with self._lock:
             if self._outputs:
                 output, self._outputs = RequestOutput.join(self._outputs), []
@@ -115,20 +117,38 @@ class RequestHandle:
 
     # The engine's side --------------------------------------------------------------------------------------
 
-    def deliver(self, output: RequestOutput) -> None:
-        self._add(output, ended=output.finish_reason is not None)
+    def deliver(self, output: RequestOutput) -> Wake | None:
+        """Give the consumer an output. If it waits for one, the engine has to `wake` it."""
+        return self._add(output, ended=output.finish_reason is not None)
 
-    def fail(self, error: EngineError) -> None:
-        self._add(None, ended=True, error=error)
+    def fail(self, error: EngineError) -> Wake | None:
+        return self._add(None, ended=True, error=error)
 
-    def _add(self, output: RequestOutput | None, *, ended: bool, error: EngineError | None = None) -> None:
+    def _add(self, output: RequestOutput | None, *, ended: bool, error: EngineError | None = None) -> Wake | None:
         with self._lock:
             if output:
                 self._outputs.append(output)
             self._ended, self._error = ended, error
             wake, self._wake = self._wake, None
-        if wake:
-            try:
-                wake()
-            except RuntimeError:  # the consumer's event loop is closed: nobody will read on
-                self.abort()
+        return wake
+
+
+def wake(waiting: Iterable[tuple[RequestHandle, Wake]]) -> None:
+    """Wake consumers that wait, those of one event loop together: to pass something to a loop costs a system call."""
+    loops: dict[asyncio.AbstractEventLoop, list[tuple[RequestHandle, Callable[[], object]]]] = {}
+    for handle, (loop, resume) in waiting:
+        if loop is None:
+            resume()
+        else:
+            loops.setdefault(loop, []).append((handle, resume))
+    for loop, consumers in loops.items():
+        try:
+            loop.call_soon_threadsafe(_resume, [resume for _, resume in consumers])
+        except RuntimeError:  # the event loop is closed: nobody will read on
+            for handle, _ in consumers:
+                handle.abort()
+
+
+def _resume(consumers: Iterable[Callable[[], object]]) -> None:
+    for resume in consumers:
+        resume()

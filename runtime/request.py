@@ -42,6 +42,8 @@ class Request:
     scored:        prompt positions whose logits have become the next prompt token's log-probability.
     keys:          hashes of the token blocks, for the prefix cache.
     cached_tokens: what the first admission found in the prefix cache.
+    ahead:         tokens behind `tokens` that steps in flight will give, not yet known. ended: whether it is Finished.
+    on_host:       whether its tokens are chosen on the host, because it asks for more than a temperature.
     """
 
     request_id: str
@@ -57,6 +59,23 @@ class Request:
     scored: int = 0
     keys: list[bytes] = field(default_factory=list)
     cached_tokens: int | None = None
+    ahead: int = 0
+    ended: bool = False
+    on_host: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.on_host = self.logits_processor is not None or self.params.edits_logits or self.params.logprobs is not None
+        self._most = self.prompt_length + max(self.max_tokens - 1, 0)
+
+    @property
+    def length(self) -> int:
+        """Tokens known and to come."""
+        return len(self.tokens) + self.ahead
+
+    @property
+    def to_compute(self) -> int:
+        """Tokens so far whose keys and values are needed: the last of an answer's is chosen, but never read."""
+        return min(len(self.tokens) + self.ahead, self._most)
 
     @property
     def generated(self) -> Sequence[int]:
@@ -91,25 +110,29 @@ class Waiting:
     def admit(self, pages: SequencePages, computed: int) -> Running:
         return Running(self.request, pages, computed)
 
-    def finish(self, reason: FinishReason) -> Finished:
-        return Finished(self.request, reason, None)
+    def finish(self, reason: FinishReason, stop_id: int | None = None) -> Finished:
+        return Finished(self.request, reason, stop_id)
 
 
 @dataclass(frozen=True)
 class Running:
-    """Tokens [0, computed) have their keys and values in `pages`."""
+    """Tokens [0, computed) have their keys and values in `pages`, or will once the steps in flight have run.
+
+    row: where the last step it was in chooses its next token: a row of that step's logits.
+    """
 
     request: Request
     pages: SequencePages
     computed: int
+    row: int = -1
 
     @property
     def pending(self) -> int:
-        """Tokens not yet computed; a single one if it is generating (or one token short of it)."""
-        return len(self.request.tokens) - self.computed
+        """Tokens not yet computed: one if it is generating (or one short of it), none if it waits for its last token."""
+        return self.request.to_compute - self.computed
 
-    def advance(self, computed: int) -> Running:
-        return Running(self.request, self.pages, computed)
+    def advance(self, computed: int, row: int) -> Running:
+        return Running(self.request, self.pages, computed, row)
 
     def preempt(self) -> Waiting:
         return Waiting(self.request)

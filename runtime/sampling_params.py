@@ -106,6 +106,12 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def edits_logits(self) -> bool:
+        """Whether tokens are chosen from anything but all logits divided by the temperature."""
+        truncates = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return bool(self.logit_bias) or self.min_tokens > 0 or self.penalised or (truncates and not self.greedy)
+
+    @property
     def penalised(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 

@@ -1,7 +1,10 @@
 """Which tokens of which requests the next step computes. A pure state machine: no device, clock or thread.
 
-`schedule` gives a step, the engine runs it and samples, `commit` takes the sampled tokens. In between nothing
-changes.
+`schedule` gives a step, `start` says that it was submitted, `commit` takes the tokens that it chose. One more step may be
+scheduled and started before a step is committed: a sequence whose next token is not known yet (`Request.ahead`) then reads
+it from the row that chooses it. Steps run one after the other, so a page may pass to another sequence, or get a name in
+the prefix cache, while steps that use it are in flight: whoever reads it or writes to it next comes later. What a step
+computed for a request that had ended before is dropped: its key lies behind all that was named.
 
 The rules:
 - Requests are ranked by (priority, arrival). The waiting ones are admitted in that order, each only if the
@@ -21,6 +24,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from gptoss_compile.config import Bucket
 from gptoss_compile.runtime.kv_cache import KVCache
@@ -57,6 +61,11 @@ class Step:
     chunks: tuple[Chunk, ...]
 
     @property
+    def needs_host(self) -> bool:
+        """Whether the host looks at logits of it. Then it is committed before the next step is scheduled."""
+        return any(chunk.scored or (chunk.samples and chunk.sequence.request.on_host) for chunk in self.chunks)
+
+    @cached_property
     def first_rows(self) -> tuple[int, ...]:
         """Row of the logits at which each chunk's rows start; a chunk without rows has one all the same."""
         if self.bucket.kind == "decode":
@@ -88,7 +97,7 @@ class Scheduler:
         self._cache = cache
         self._prefix = prefix
         self._waiting: list[Waiting] = []  # in rank order
-        self._running: dict[str, Running] = {}  # the longest unserved first
+        self._running: dict[Request, Running] = {}  # the longest unserved first
         self._read_last = False  # whether the last step had prompts
         self.preemptions = 0
 
@@ -112,44 +121,49 @@ class Scheduler:
         """A new request; it must fit the page pools alone."""
         self._enqueue(Waiting(request))
 
-    def abort(self, request_id: str) -> Finished | None:
+    def abort(self, request: Request) -> Finished | None:
         """End a request in whatever state it is; None if it is not here (any more)."""
-        if running := self._running.pop(request_id, None):
-            return self._finish(running, "abort")
-        for index, waiting in enumerate(self._waiting):
-            if waiting.request.request_id == request_id:
-                return self._waiting.pop(index).finish("abort")
-        return None
+        here = request in self._running or any(waiting.request is request for waiting in self._waiting)
+        return self._finish(request, "abort") if here else None
 
     def schedule(self) -> Step | None:
-        """The next step, or None if there is nothing to do. Every step computes at least one token."""
+        """The next step, of at least one token; None if there is nothing to do before a step in flight is committed."""
         self._admit()
-        while self._running:
-            if chunks := self._plan():
+        while True:
+            picked, mixed = self._pick()
+            if not picked:
+                return None
+            if chunks := self._plan(picked, mixed):
                 self._read_last = any(chunk.sequence.pending > 1 for chunk in chunks)
                 return Step(self._cheapest(chunks), tuple(chunks))
             # All that were picked gave up their pages to sequences that were not; those are picked next.
-        assert not self._waiting
-        return None
 
-    def commit(self, step: Step, sampled: Sequence[int | None]) -> list[Finished]:
-        """Take for each chunk of a step the sampled token, if it samples. Returns what finished by it."""
-        served = {chunk.sequence.request.request_id for chunk in step.chunks}
-        self._running = dict(sorted(self._running.items(), key=lambda item: item[0] in served))  # they go last
-        finished = []
-        for chunk, token in zip(step.chunks, sampled, strict=True):
+    def start(self, step: Step) -> None:
+        """The step was submitted: what it computes counts as computed from here on."""
+        for chunk, row in zip(step.chunks, step.first_rows, strict=True):
             request = chunk.sequence.request
-            running = chunk.sequence.advance(chunk.end)
-            self._running[request.request_id] = running
-            request.scored = max(request.scored, chunk.scored.stop)
+            running = self._running[request] = chunk.sequence.advance(chunk.end, row + len(chunk.scored))
             if chunk.start < request.prompt_length:
+                request.scored = max(request.scored, chunk.scored.stop)
                 self._keep(running)
+            request.ahead += chunk.samples
+        if len(step.chunks) < len(self._running):  # who was served goes last
+            served = {chunk.sequence.request for chunk in step.chunks}
+            self._running = dict(sorted(self._running.items(), key=lambda item: item[0] in served))
+
+    def commit(self, step: Step, chosen: Sequence[int | None]) -> list[Finished]:
+        """Take for each chunk of the oldest step in flight the token it chose, if it does. Returns what finished by it."""
+        finished = []
+        for chunk, token in zip(step.chunks, chosen, strict=True):
+            request = chunk.sequence.request
+            request.ahead -= chunk.samples
+            if request.ended:
+                continue
             if token is not None:
                 assert chunk.samples
                 request.tokens.append(token)
-            if running.computed >= request.prompt_length and (ending := request.ending()):
-                del self._running[request.request_id]
-                finished.append(self._finish(running, *ending))
+            if chunk.end >= request.prompt_length and (ending := request.ending()):
+                finished.append(self._finish(request, *ending))
         return finished
 
     # Admission ----------------------------------------------------------------------------------------------
@@ -157,13 +171,15 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self.max_num_seqs:
             request = self._waiting[0].request
+            if request.ahead:
+                return  # preempted while a step in flight chooses its next token, which must be known to be read
             pages, computed = self._prefix.match(request.tokens, request.keys, request.salt, request.reusable)
             running = self._waiting[0].admit(pages, computed)
             if not self._fits(running):
                 self._cache.release(pages)
                 return
             self._waiting.pop(0)
-            self._running[request.request_id] = running
+            self._running[request] = running
             if request.cached_tokens is None:
                 request.cached_tokens = computed
 
@@ -176,7 +192,7 @@ class Scheduler:
             return True
         full, window = len(self._running) + 1, 0
         for running in (*self._running.values(), candidate):
-            lacking = self._cache.shortage(running.pages, len(running.request.tokens))
+            lacking = self._cache.shortage(running.pages, running.request.length)
             full, window = full + lacking[0], window + lacking[1]
         return full <= self._cache.full.available and window <= self._cache.window.available
 
@@ -185,9 +201,8 @@ class Scheduler:
 
     # Planning a step ----------------------------------------------------------------------------------------
 
-    def _plan(self) -> list[Chunk]:
+    def _plan(self, picked: Sequence[Running], mixed: bool) -> list[Chunk]:
         """Chunks of the picked sequences, in rank order, their pages allocated. May preempt; may be empty."""
-        picked, mixed = self._pick()
         decodes = sum(r.pending == 1 for r in picked)
         spare_tokens = spare_rows = slots = 0  # beyond one token and row for each generating sequence
         if mixed:
@@ -197,7 +212,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         for running in picked:
             is_prompt = running.pending > 1
-            if running.request.request_id not in self._running:
+            if running.request not in self._running:
                 continue  # preempted for a higher-ranked one
             if is_prompt and not (slots and spare_tokens):
                 continue
@@ -213,8 +228,11 @@ class Scheduler:
 
     def _pick(self) -> tuple[list[Running], bool]:
         """The sequences to serve, in rank order, and whether prompts are among them."""
-        prompts = [r for r in self._running.values() if r.pending > 1]
-        decodes = [r for r in self._running.values() if r.pending == 1]
+        prompts: list[Running] = []
+        decodes: list[Running] = []
+        for running in self._running.values():
+            if pending := running.pending:
+                (prompts if pending > 1 else decodes).append(running)
         mixed = bool(prompts) and (len(decodes) < self._mixed_limit or not self._read_last)
         picked = prompts + decodes[: self._mixed_limit - 1] if mixed else decodes[: self._decode_limit]
         return sorted(picked, key=lambda r: r.request.rank), mixed
@@ -234,20 +252,27 @@ class Scheduler:
         return reached
 
     def _preempt(self, victim: Running) -> None:
-        del self._running[victim.request.request_id]
+        del self._running[victim.request]
         self._keep(victim)
         self._cache.release(victim.pages)
         self._enqueue(victim.preempt())
         self.preemptions += 1
 
-    def _finish(self, running: Running, reason: FinishReason, stop_id: int | None = None) -> Finished:
-        self._keep(running)
-        self._cache.release(running.pages)
-        return running.finish(reason, stop_id)
+    def _finish(self, request: Request, reason: FinishReason, stop_id: int | None = None) -> Finished:
+        request.ended = True
+        if running := self._running.pop(request, None):
+            self._keep(running)
+            self._cache.release(running.pages)
+            return running.finish(reason, stop_id)
+        (waiting,) = (waiting for waiting in self._waiting if waiting.request is request)
+        self._waiting.remove(waiting)
+        return waiting.finish(reason, stop_id)
 
     def _keep(self, running: Running) -> None:
+        """Name the pages of the sequence's known tokens."""
         request = running.request
-        self._prefix.keep(running.pages, request.tokens, request.keys, request.salt, running.computed)
+        end = min(running.computed, len(request.tokens))
+        self._prefix.keep(running.pages, request.tokens, request.keys, request.salt, end)
 
     def _cheapest(self, chunks: Sequence[Chunk]) -> Bucket:
         tokens, rows = sum(c.tokens for c in chunks), sum(c.rows for c in chunks)
@@ -262,7 +287,7 @@ class Scheduler:
 def _chunk(running: Running, end: int) -> Chunk:
     request = running.request
     scored = range(max(running.computed, request.scored), min(end, request.to_score))
-    samples = end == len(request.tokens) and request.max_tokens > 0
+    samples = end == request.length and request.max_tokens > 0
     return Chunk(running, running.computed, end, scored, samples)
 
 

@@ -1,4 +1,4 @@
-"""The kernels beside the graph, in the interpreter: random weights against their definition, advance against its twin."""
+"""The kernels beside the graph, in the interpreter: random weights against their definition, the others against twins."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from gptoss_compile import gumbel
 from gptoss_compile.build import build
 from gptoss_compile.dialect import OPS
 from gptoss_compile.kernels.interpret import interpret
@@ -51,26 +52,65 @@ def test_one_launch_makes_more_than_one_round_of_blocks() -> None:
     assert np.array_equal(found.numpy().view(np.uint8), wanted.reshape(-1))
 
 
-@pytest.mark.parametrize(("tokens", "vocab"), [(1, 5000), (3, 1024), (40, 2500), (300, 77)])
-def test_advance(tokens: int, vocab: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 5, 1500])
+def test_feed(tokens: int) -> None:
     torch.manual_seed(seed := int.from_bytes(os.urandom(4)))
     print(f"seed {seed}")
-    logits = torch.randn(tokens, vocab).mul(4).round()  # many ties
-    logits[0] = -math.inf if seed % 2 else -7.0  # all equal
-    positions = torch.randint(-1, 9, (tokens,)).int()
-    operands = {"logits": logits, "tokens": torch.randint(0, vocab, (tokens,)).int(), "positions": positions}
-    wanted = OPS["advance"].reference(**operands)
-    assert wanted[0][positions >= 0].tolist() == [int(np.argmax(r)) for r in logits[positions >= 0].numpy()]
-    found = interpret("advance", "sm90", {k: v.clone() for k, v in operands.items()})
-    for a, b in zip(found, wanted, strict=True):
-        assert a.dtype == b.dtype == torch.int32 and torch.equal(a, b)
+    operands = {"tokens": torch.randint(0, 99, (tokens,)).int(),
+                "source": torch.randint(-2, 7, (tokens,)).clamp(min=-1).int(),
+                "sampled": torch.randint(100, 199, (7,)).int()}
+    operands["sampled"][3] = -1
+    wanted = OPS["feed"].reference(**operands)
+    assert all(w == 0 if s == 3 else (w >= 100) == (s >= 0)
+               for w, s in zip(wanted.tolist(), operands["source"].tolist(), strict=True))
+    (found,) = interpret("feed", "sm90", {k: v.clone() for k, v in operands.items()})
+    assert found.dtype == torch.int32 and torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 5000), (3, 1024), (40, 2500), (300, 77)])
+def test_sample(rows: int, vocab: int) -> None:
+    torch.manual_seed(seed := int.from_bytes(os.urandom(4)))
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
+    logits = torch.randn(rows, vocab).mul(4).round()  # many ties
+    logits[0] = -7.0  # all equal
+    limits = rng.integers(vocab // 2, vocab + 1, rows).tolist()
+    temperatures = rng.choice([0, 0, -1, 1e-4, 0.7, 1, 3, 1e300], rows).tolist()
+    words = torch.from_numpy(np.stack([gumbel.words(t, limit, int(rng.integers(-2**63, 2**63)), int(rng.integers(2**17)))
+                                       for t, limit in zip(temperatures, limits, strict=True)]))
+    sampled = torch.full((rows + 3,), 77, dtype=torch.int32)
+    operands = {"logits": logits, "words": words, "sampled": sampled}
+    wanted = OPS["sample"].reference(**operands)
+    for row, (t, limit) in enumerate(zip(temperatures, limits, strict=True)):
+        assert -1 <= wanted[row] < limit and (wanted[row] == -1) == (t < 0)
+        assert t != 0 or wanted[row] == int(np.argmax(logits[row, :limit].numpy()))
+    (found,) = interpret("sample", "sm90", {k: v.clone() for k, v in operands.items()})
+    assert found.dtype == torch.int32 and found[rows:].tolist() == [77] * 3
+    for row in torch.nonzero(found[:rows] != wanted[:rows]).flatten().tolist():  # logarithms differ in their last bits
+        _, limit, low, high, counter = words[row].tolist()
+        noise = np.float32(min(temperatures[row], 1e30)) * gumbel.noise(limit, low, high, counter)
+        values = logits[row, :limit].numpy() + noise
+        assert values[found[row]] == pytest.approx(values[wanted[row]], rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_no_token_without_a_finite_choice(bad: float) -> None:
+    logits = torch.full((4, 3000), bad if bad == -math.inf else 1.0)
+    logits[:2, 2222] = bad
+    asked = [(0, 3000), (1, 3000), (0, 2222), (1, 2222)]
+    words = torch.from_numpy(np.stack([gumbel.words(t, limit, 5) for t, limit in asked]))
+    operands = {"logits": logits, "words": words, "sampled": torch.zeros(4).int()}
+    (found,) = interpret("sample", "sm90", {k: v.clone() for k, v in operands.items()})
+    assert found.tolist() == OPS["sample"].reference(**operands).tolist()
+    assert (found == -1).tolist() == [True, True, bad == -math.inf, bad == -math.inf]
 
 
 @pytest.mark.parametrize("target", ["sm90", "sm100", "gfx950"])
 def test_compiled_and_linted(target: str) -> None:
     machine = Target.parse(target)
-    operands = {"advance": {"logits": TensorSpec((8, 201088), "fp32"), "tokens": TensorSpec((8,), "i32"),
-                            "positions": TensorSpec((8,), "i32")},
+    tokens = TensorSpec((8,), "i32")
+    operands = {"feed": {"tokens": tokens, "source": tokens, "sampled": tokens},
+                "sample": {"logits": TensorSpec((8, 201088), "fp32"), "words": TensorSpec((8, 5), "i32"), "sampled": tokens},
                 "random_weights": {"parameters": TensorSpec((8,), "i32"), "out": TensorSpec((1,), "i32")}}
     for spec in BESIDE:
         (launch,) = spec.instantiate(machine, operands[spec.op])

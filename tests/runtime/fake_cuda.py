@@ -61,13 +61,16 @@ class FakeDriver:
         self.sizes: dict[int, int] = {}
         self.capturing: list[Captured] | None = None
         self.todo: Iterator[tuple[Step, KernelLaunch]] = iter(())
+        self.around: dict[str, Step] = {}
         self.seen: dict[str, int] = {}  # the addresses that a step's launches so far were given
         self.laid: dict[int, list[torch.Tensor]] = {}  # what lies, laid out, at an address
         self.shapes: dict[str, tuple[int, ...]] = {}
 
-    def expect(self, plan: LaunchPlan, cache_shapes: dict[str, tuple[int, ...]], times: int = 1) -> None:
+    def expect(self, plan: LaunchPlan, shapes: dict[str, tuple[int, ...]], times: int = 1) -> None:
+        """The plan's steps, so often; what stands around them may come when it wants. shapes: of caches and state."""
         self.todo = iter([(step, launch) for step in plan.steps for launch in step.launches] * times)
-        self.shapes = cache_shapes
+        self.around = {step.launches[0].binary: step for step in (plan.feed, plan.sample) if step}
+        self.shapes = shapes
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cu"):
@@ -153,6 +156,13 @@ class FakeDriver:
     def _cuMemcpyDtoHAsync(self, target: int, source: int, size: int, stream: Any) -> None:
         ctypes.memmove(target, source, size)
 
+    def _cuMemcpy2DAsync(self, copy: Any, stream: Any) -> None:
+        assert (copy.srcMemoryType, copy.dstMemoryType) == (real.CUmemorytype.CU_MEMORYTYPE_HOST,
+                                                            real.CUmemorytype.CU_MEMORYTYPE_DEVICE)
+        for row in range(copy.Height):
+            source, target = int(copy.srcHost) + row * copy.srcPitch, int(copy.dstDevice) + row * copy.dstPitch
+            ctypes.memmove(target, source, copy.WidthInBytes)
+
     # Kernels and graphs -------------------------------------------------------------------------------------
 
     def _cuModuleLoadData(self, code: bytes) -> str:
@@ -193,7 +203,8 @@ class FakeDriver:
             return self._generate(captured)
         if captured.function.startswith(("tiles", "mxfp4")):
             return self._lay_out(captured)
-        step, launch = next(self.todo)
+        around = self.around.get(captured.function)
+        step, launch = (around, around.launches[0]) if around else next(self.todo)
         assert captured.function == launch.binary
         c = captured.config
         assert (c.gridDimX, c.gridDimY, c.gridDimZ) == launch.grid and captured.pdl == launch.pdl

@@ -4,17 +4,22 @@ Its "keys and values" are (token, position, history) in real page pools, where h
 that one, as a deep model's keys depend on everything before them. A key that is missing, misplaced,
 overwritten or of another sequence raises FaultyTables; the logits are a deterministic function of all visible
 (position, token) pairs, so that what slips through would change tokens.
+
+Like a GPU it keeps inputs of its own, of which it copies what it is told to, and with `ahead` it computes a step no earlier
+than its result is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from gptoss_compile.config import Bucket, ModelConfig
-from gptoss_compile.runtime.executor import Floats, Ints
+from gptoss_compile.gumbel import choose
+from gptoss_compile.runtime.executor import Floats, HostSteps, Ints
 
 CONFIG = ModelConfig(
     num_layers=2,
@@ -67,7 +72,7 @@ def check(condition: bool | np.bool_, message: str) -> None:
         raise FaultyTables(message)
 
 
-class FakeExecutor:
+class FakeExecutor(HostSteps):
     def __init__(
         self,
         *,
@@ -78,7 +83,12 @@ class FakeExecutor:
         window: int = 128,
         max_context: int = 4096,
         vocab_size: int = 97,
+        ahead: bool = False,
     ) -> None:
+        super().__init__()
+        self.runs_ahead = ahead
+        self.device: dict[Bucket, dict[str, Ints]] = {}
+        self.flights: deque[tuple[Bucket, dict[str, Ints]]] = deque()
         self.config = replace(CONFIG, sliding_window=window, vocab_size=vocab_size)
         self.buckets = buckets or (
             *(Bucket.decode(n) for n in (1, 4, 16)),
@@ -95,6 +105,34 @@ class FakeExecutor:
 
     def close(self) -> None:
         self.closed = True
+
+    def submit(self, bucket: Bucket, rows: int, columns: int) -> None:
+        inputs = self.inputs(bucket)
+        device = self.device.setdefault(bucket, {name: np.zeros_like(array) for name, array in inputs.items()})
+        for name, array in inputs.items():
+            part = {"window_table": np.s_[:rows], "full_table": np.s_[:rows, :columns]}.get(name, np.s_[:])
+            device[name][part] = array[part]
+        self.flights.append((bucket, {name: array.copy() for name, array in device.items()}))
+        assert len(self.flights) <= 1 + self.runs_ahead
+        if not self.runs_ahead:
+            self.execute()
+
+    def execute(self) -> None:
+        bucket, inputs = self.flights.popleft()
+        source, words = inputs.pop("source"), inputs.pop("words")
+        fed = source >= 0
+        inputs["tokens"][fed] = self._chosen[source[fed]]
+        self._logits = self.run(bucket, inputs)
+        self._chosen = choose(self._logits, words)
+
+    def result(self) -> Ints:
+        if self.runs_ahead:
+            self.execute()
+        return self._chosen
+
+    def logits(self, rows: Sequence[int]) -> Floats:
+        assert not self.flights, "a later step may have overwritten them"
+        return super().logits(rows)
 
     def run(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> Floats:
         assert not self.closed

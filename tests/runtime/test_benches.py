@@ -118,6 +118,31 @@ def test_prefill(artifact: Artifact, driver: NullDriver, monkeypatch: pytest.Mon
     assert result["rows"][1]["chunks"] == "extend-64x2 x 3"
 
 
+def test_against_transformers(artifact: Artifact, driver: NullDriver, monkeypatch: pytest.MonkeyPatch,
+                              tmp_path: Path) -> None:
+    """With a driver whose kernels are their twins: what holds is good, and a wrong layer is seen where it is."""
+    module = bench("against_transformers", monkeypatch)
+    tokens = np.random.default_rng(0).integers(0, CONFIG.vocab_size, 40)
+    module.reference(artifact, tokens, tmp_path / "reference.npz")
+    wanted = dict(np.load(tmp_path / "reference.npz"))
+    real = FakeDriver(memory=driver.memory, codes=driver.codes)
+    monkeypatch.setattr(cuda_driver, "bindings", lambda: real)
+    load = module.CudaExecutor.load
+
+    def loaded(*args: Any, **options: Any) -> CudaExecutor:
+        executor = load(*args, **options)
+        plan = executor.plans[BUCKETS[3]]
+        real.expect(plan, {str(c.key): executor.true_shape(c).shape for c in plan.caches})
+        return executor
+
+    monkeypatch.setattr(module.CudaExecutor, "load", loaded)
+    result = module.compare(artifact, tokens, wanted)
+    assert result["good"] and result["kl"] < 1e-3 and [row["layer"] for row in result["layers"]] == [0, 1]
+    wanted["hidden"][1] *= np.random.default_rng(1).uniform(0.5, 1.5, wanted["hidden"][1].shape)
+    faulty = module.compare(artifact, tokens, wanted)
+    assert not faulty["good"] and faulty["layers"][0]["cosine"] > 0.999 > faulty["layers"][1]["cosine"]
+
+
 def test_startup(artifact: Artifact, driver: NullDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     module = bench("startup", monkeypatch)
     result = module.measure(artifact.path, 8, module.time.time())

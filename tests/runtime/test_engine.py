@@ -159,7 +159,7 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
 
     engine = Engine(Broken(), max_num_seqs=2, max_num_batched_tokens=256)
     engine.start()
-    with pytest.raises(EngineError, match="largest logit is nan"):
+    with pytest.raises(EngineError, match="largest logit is not finite"):
         engine.submit([1], GREEDY).result()
     engine.shutdown()
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from fake_executor import FakeExecutor
@@ -21,11 +22,15 @@ BUCKETS = {
     "one sequence a prompt step": (Bucket.decode(8), Bucket.extend(64, 1)),
     "wider decode than extend": (Bucket.decode(16), Bucket("extend", 128, 3, 5)),
 }
+AHEAD = pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
 
 
 def random_params(rng: random.Random) -> SamplingParams:
     params = SamplingParams(temperature=0, max_tokens=rng.choice((1, 2, 17, 60, 150)))
-    if rng.random() < 0.5:
+    chance = rng.random()
+    if chance < 0.3:
+        params = replace(params, temperature=rng.uniform(0.3, 2), seed=rng.randrange(2**64))
+    elif chance < 0.5:
         params = replace(
             params,
             temperature=rng.uniform(0.3, 2),
@@ -73,9 +78,10 @@ def answer(output: RequestOutput) -> object:
     return replace(output, request_id="", cached_tokens=0)
 
 
+@AHEAD
 @pytest.mark.parametrize("buckets", BUCKETS)
 @pytest.mark.parametrize("pages", ["plenty", "tenth", "barely one"])
-def test_every_answer_equals_its_run_alone(buckets: str, pages: str) -> None:
+def test_every_answer_equals_its_run_alone(buckets: str, pages: str, ahead: bool) -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -90,7 +96,7 @@ def test_every_answer_equals_its_run_alone(buckets: str, pages: str) -> None:
         "tenth": max(demand // 10, 140),
         "barely one": 1 + -(-(longest + 150) // 16),
     }[pages]
-    executor = FakeExecutor(buckets=BUCKETS[buckets], num_pages=num_pages, num_window_pages=window_pages)
+    executor = FakeExecutor(buckets=BUCKETS[buckets], num_pages=num_pages, num_window_pages=window_pages, ahead=ahead)
     engine = Engine(executor, max_num_seqs=16, max_num_batched_tokens=rng.choice((40, 256)),
                     enable_prefix_caching=rng.random() < 0.8)
     engine.start()
@@ -116,20 +122,20 @@ def test_every_answer_equals_its_run_alone(buckets: str, pages: str) -> None:
     assert executor.closed
 
 
-def test_preemption_happens_and_is_invisible() -> None:
+@AHEAD
+@pytest.mark.parametrize("extras", [{}, {"presence_penalty": 0.5, "logprobs": 1}], ids=["device", "host"])
+def test_preemption_happens_and_is_invisible(extras: dict[str, Any], ahead: bool) -> None:
     """Six answers that together outgrow the pages, of which prompts alone would all fit."""
     rng = random.Random(7)
     prompts = [[rng.randrange(95) for _ in range(60)] for _ in range(6)]
     params = [
-        SamplingParams(
-            temperature=0.9, seed=i, max_tokens=200, ignore_eos=True, presence_penalty=0.5, logprobs=1
-        )
+        SamplingParams(temperature=0.9, seed=i, max_tokens=200, ignore_eos=True, **extras)
         for i in range(6)
     ]
     expected = alone(prompts, params)
     for caching in (True, False):
         engine = Engine(
-            FakeExecutor(num_pages=51, num_window_pages=200),
+            FakeExecutor(num_pages=51, num_window_pages=200, ahead=ahead),
             max_num_seqs=8,
             max_num_batched_tokens=256,
             enable_prefix_caching=caching,
@@ -144,12 +150,13 @@ def test_preemption_happens_and_is_invisible() -> None:
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 143, 144, 145, 255, 256, 257])
 @pytest.mark.parametrize("chunk", [16, 127, 128, 129])
-def test_chunk_edges(length: int, chunk: int) -> None:
+@pytest.mark.parametrize("score", [None, 1])
+def test_chunk_edges(length: int, chunk: int, score: int | None) -> None:
     """Prompts cut into chunks of a fixed size, around the window's and the pages' edges, read as in one
     piece."""
     prompt = [(i * 31 + length) % 95 for i in range(length)]
-    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, prompt_logprobs=1)
-    executor = FakeExecutor(buckets=(Bucket.decode(1), Bucket("extend", 256, 2, 256)))
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, prompt_logprobs=score)
+    executor = FakeExecutor(ahead=True, buckets=(Bucket.decode(1), Bucket("extend", 256, 2, 256)))
     engine = Engine(executor, max_num_seqs=1, max_num_batched_tokens=chunk)
     engine.start()
     got, again = engine.submit(prompt, params).result(), engine.submit(prompt, params).result()

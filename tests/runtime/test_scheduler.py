@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 
 import numpy as np
 import pytest
@@ -24,15 +24,18 @@ class Bench:
     """A scheduler driven by hand on a FakeExecutor, with its invariants checked around every step."""
 
     def __init__(
-        self, executor: FakeExecutor, *, max_num_seqs: int = 8, budget: int = 256, caching: bool = True
+        self, executor: FakeExecutor, *, max_num_seqs: int = 8, budget: int = 256, caching: bool = True, ahead: bool = False
     ) -> None:
+        executor.runs_ahead = ahead
         self.executor = executor
         self.cache = KVCache(executor)
         self.scheduler = Scheduler(executor.buckets, self.cache, PrefixCache(self.cache, enabled=caching),
                                    max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-        self.inputs = StepInputs(self.cache)
+        self.inputs = StepInputs(executor, executor.config.vocab_size)
+        self.flights: deque[Step] = deque()
         self.budget = budget
         self.arrivals = 0
+        self.requests: dict[str, Request] = {}
         self.finished: dict[str, Finished] = {}
 
     def add(self, prompt: list[int], max_tokens: int = 4, *, priority: int = 0, score: bool = False,
@@ -48,34 +51,50 @@ class Bench:
             (priority, self.arrivals),
         )
         self.arrivals += 1
+        self.requests[request.request_id] = request
         self.scheduler.add(request)
         return request
 
     def step(self) -> Step | None:
-        step = self.scheduler.schedule()
-        if step is None:
+        """Schedule and start a step, and commit the oldest in flight, unless it may stay there alone."""
+        step = None
+        if not (self.flights and self.flights[-1].needs_host):
+            step = self.scheduler.schedule()
+        if step is not None:
+            self.start(step)
+        if self.flights and not (step and len(self.flights) == 1 and self.executor.runs_ahead):
+            self.commit(self.flights.popleft())
+        elif step is None:
             assert not self.scheduler.has_work
-            return None
+        return step
+
+    def start(self, step: Step) -> None:
         self.check_step(step)
         self.check_pools()
-        logits = self.executor.run(step.bucket, self.inputs.build(step))
-        tokens = []
-        for chunk, row in zip(step.chunks, step.first_rows, strict=True):
-            last = logits[row + len(chunk.scored)] if chunk.samples else None
-            tokens.append(None if last is None else int(last.argmax()))
-        scored = {c.sequence.request.request_id: c.sequence.request.scored for c in step.chunks}
+        self.executor.submit(step.bucket, *self.inputs.build(step))
+        for chunk in step.chunks:
+            if chunk.scored:  # each position is scored once, in order
+                assert chunk.scored.start == chunk.sequence.request.scored
+        self.scheduler.start(step)
+        self.flights.append(step)
+        self.check_pools()
+
+    def commit(self, step: Step) -> None:
+        chosen = self.executor.result().tolist()
+        ends = [row + len(chunk.scored) for chunk, row in zip(step.chunks, step.first_rows, strict=True)]
+        tokens = [chosen[end] if chunk.samples else None for chunk, end in zip(step.chunks, ends, strict=True)]
+        if step.needs_host:
+            greedy = [end for chunk, end in zip(step.chunks, ends, strict=True)
+                      if chunk.samples and chunk.sequence.request.params.greedy]
+            assert self.executor.logits(greedy).argmax(-1).tolist() == [chosen[end] for end in greedy]
         for done in self.scheduler.commit(step, tokens):
             self.finished[done.request.request_id] = done
             assert done.request.scored == done.request.to_score, "a prompt position was never scored"
-        for chunk in step.chunks:
-            if chunk.scored:  # each position is scored once, in order
-                assert chunk.scored.start == scored[chunk.sequence.request.request_id]
         self.check_pools()
-        return step
 
     def drain(self, limit: int) -> None:
         for _ in range(limit):
-            if self.step() is None:
+            if self.step() is None and not (self.flights or self.scheduler.has_work):
                 return
         raise AssertionError(f"still busy after {limit} steps: livelock")
 
@@ -100,7 +119,7 @@ class Bench:
         size = self.cache.page_size
         for chunk in step.chunks:
             pages = chunk.sequence.pages
-            assert 0 <= chunk.start < chunk.end <= len(chunk.sequence.request.tokens)
+            assert 0 <= chunk.start < chunk.end <= chunk.sequence.request.length
             assert pages.window_start * size <= max(0, chunk.start - self.cache.window_tokens + 1)
             assert pages.end - pages.window_start <= self.cache.ring and pages.end * size >= chunk.end
             for page in range(chunk.start // size, self.cache.pages(chunk.end)):
@@ -144,6 +163,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 20),
         caching=st.booleans(),
         extend=st.sampled_from(((16, 1, 16), (16, 3, 4), (8, 8, 8), (20, 2, 2))),
+        ahead=st.booleans(),
     )
     def build(
         self,
@@ -155,6 +175,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         caching: bool,
         extend: tuple[int, int, int],
+        ahead: bool,
     ) -> None:
         span = -(-(window - 1) // page_size) + 1
         buckets = (Bucket.decode(1), Bucket.decode(4), Bucket("extend", 4, 1, 4), Bucket("extend", *extend))
@@ -166,7 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_pages=1 + 40 // page_size + spare_pages,
             num_window_pages=1 + span + spare_window,
         )
-        self.bench = Bench(executor, max_num_seqs=sequences, budget=budget, caching=caching)
+        self.bench = Bench(executor, max_num_seqs=sequences, budget=budget, caching=caching, ahead=ahead)
         self.total = 0
 
     @rule(length=st.integers(1, 30), family=st.integers(0, 2), max_tokens=st.integers(0, 9),
@@ -187,7 +208,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         request_id = f"r{data.draw(st.integers(0, self.bench.arrivals - 1))}"
-        finished = self.bench.scheduler.abort(request_id)
+        request = self.bench.requests[request_id]
+        finished = self.bench.scheduler.abort(request)
         if finished is None:
             assert request_id in self.bench.finished
         else:
@@ -412,7 +434,8 @@ def test_inputs_are_padded_as_executors_expect() -> None:
     bench.add(prompt(3), 9)
     step = bench.scheduler.schedule()
     assert step is not None
-    arrays = bench.inputs.build(step)
+    assert bench.inputs.build(step) == (2, 1)
+    arrays = bench.executor.inputs(step.bucket)
     np.testing.assert_array_equal(arrays["positions"][:10], [0, 1, 2, 3, 4, 0, 1, 2, -1, -1])
     np.testing.assert_array_equal(arrays["sequences"][:10], [0] * 5 + [1] * 5)
     np.testing.assert_array_equal(arrays["rows"][:4], [4, 7, 0, 0])
