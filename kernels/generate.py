@@ -36,18 +36,24 @@ def random_weights(parameters: Tensor, out: Tensor) -> Tensor:
     Word c of the generator (c < counters) becomes word `first + c` of out: four bytes (each & a) + b in mode `bytes`;
     in mode `bf16` two bf16 (half + a) · b, low half first; in mode `fp32` words `first + 2c` and + 1, the same widened.
     """
-    key0, key1, counters, first, mode, a, b = parameters.tolist()[:_FIELDS]
-    words = _mixed((_mixed(torch.arange(counters) ^ (key0 & _WORD)) + (key1 & _WORD)) & _WORD)
-    if mode == BYTES:
-        made = ((words & (a & _WORD)) + (b & _WORD)).int()
-    else:
-        halves = torch.stack((words << 48 >> 48, words << 32 >> 48), -1).reshape(-1)
-        values = (halves + a).float() * torch.tensor([b], dtype=torch.int32).view(torch.float32)
-        rounded = values.bfloat16()
-        made = (rounded if mode == 1 else rounded.float()).view(torch.int32)
+    counters, first = parameters.tolist()[2:4]
+    made = generated(parameters, 0, counters)
     result = out.clone()
     result[first : first + len(made)] = made
     return result
+
+
+def generated(parameters: Tensor, start: int, stop: int) -> Tensor:
+    """What words start … stop of the generator become, i32, on the parameters' device."""
+    key0, key1, _, _, mode, a, b = parameters.tolist()[:_FIELDS]
+    counters = torch.arange(start, stop, device=parameters.device)
+    words = _mixed((_mixed(counters ^ (key0 & _WORD)) + (key1 & _WORD)) & _WORD)
+    if mode == BYTES:
+        return ((words & (a & _WORD)) + (b & _WORD)).int()
+    halves = torch.stack((words << 48 >> 48, words << 32 >> 48), -1).reshape(-1)
+    values = (halves + a).float() * torch.tensor([b], dtype=torch.int32, device=words.device).view(torch.float32)
+    rounded = values.bfloat16()
+    return (rounded if mode == 1 else rounded.float()).view(torch.int32)
 
 
 @jit
