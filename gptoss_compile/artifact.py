@@ -34,7 +34,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/o200k_base.tiktoken"
 # One weight of a plan: {"name", "dtype", "shape"} and either "parts" (logical weights, concatenated along
-# axis 0) or "values" (the numbers themselves).
+# axis 0) or "values" (the numbers themselves); "largest", if given, is the largest value that may be stored.
 Recipe = Mapping[str, Any]
 
 

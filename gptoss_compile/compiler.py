@@ -23,7 +23,7 @@ from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.ir import Dumper, print_graph
 from gptoss_compile.kernels.spec import Launch
-from gptoss_compile.launch_plan import LaunchPlan, Weight
+from gptoss_compile.launch_plan import LARGEST_SCALE, LaunchPlan, Weight
 from gptoss_compile.pack import add_weights, check_mode
 from gptoss_compile.passes.base import Context
 from gptoss_compile.passes.select_kernels import calls
@@ -229,12 +229,15 @@ def _recipes(checkpoint: Checkpoint, compiled: Sequence[Compiled]) -> list[dict[
     """The weights of all plans, each once. On a target that computes wider than the checkpoint they are stored as they
     are in it: the executor widens them, which is exact."""
     weights: dict[str, Weight] = {w.name: w for each in compiled for w in each.plan.weights}
+    absorbed = {name for each in compiled for layout in each.plan.layouts.values() for name in layout.sources[1:]}
     recipes = []
     for weight in weights.values():
         recipe = weight.to_json()
         if weight.dtype == "fp32" and weight.parts:
             stored = {checkpoint.logical[part].dtype for part in weight.parts}
             recipe["dtype"] = "bf16" if stored == {"bf16"} else "fp32"
+        if weight.name in absorbed:
+            recipe["largest"] = LARGEST_SCALE
         recipes.append(recipe)
     return recipes
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 ITEM_BYTES = {"bf16": 2, "fp32": 4, "i32": 4, "u8": 1}
 LAYOUTS = "plans/layouts.json"  # in artifacts whose kernels want weights laid out: the launch for each kind of layout
 RANDOM_WEIGHTS = "plans/random_weights.json"  # in artifacts with random weights for a GPU: the launch that makes them
+LARGEST_SCALE = 128  # e8m0, in MXFP4 layouts: 2^1 · 6, far beyond any weight; those above have no bf16 multiplier
 ALIGNMENT = 256  # bytes; every buffer of the arena starts at a multiple
 
 

@@ -26,7 +26,6 @@ from torch import Tensor
 TILE = 64  # rows and columns
 SLABS = 3  # of a stage
 SLAB_BYTES = 2176
-MAX_SCALE = 128  # an e8m0 scale above has no bf16 multiplier; 2^1 · 6 is far beyond any weight
 _ROTATIONS = (0, 6, 12, 2, 0, 6, 12, 8)
 _PLACES = (6, 7, 8, 15)  # of a value's four bits, lowest first, in a half of a register
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from gptoss_compile import pack as module
 from gptoss_compile.artifact import Artifact, ArtifactWriter
-from gptoss_compile.checkpoint import Checkpoint
+from gptoss_compile.checkpoint import Checkpoint, CheckpointError
 from gptoss_compile.demo import save_huggingface
 from gptoss_compile.pack import add_weights
 from gptoss_compile.random_weights import widen_bf16
@@ -96,6 +96,17 @@ def test_fp32_is_rounded_to_bf16(tmp_path: Path, seed: int, make: SimpleNamespac
         write(tmp_path / "b", Checkpoint.open(folder), [[recipe]], make)
 
 
+def test_a_scale_beyond_what_the_kernels_take(tmp_path: Path, seed: int, make: SimpleNamespace) -> None:
+    checkpoint, name = Checkpoint.random(make.config(seed), seed), "layers.0.down.scales"
+    info = checkpoint.logical[name]
+    largest = int(checkpoint.read(name).max())
+    recipe = {"name": name, "parts": [name], "dtype": "u8", "shape": list(info.shape), "largest": largest}
+    write(tmp_path / "a", checkpoint, [[recipe]], make)
+    with pytest.raises(CheckpointError, match=rf"{name} holds the MXFP4 scale {largest}.* none above {largest - 1} "):
+        write(tmp_path / "b", checkpoint, [[{**recipe, "largest": largest - 1}]], make)
+    assert not (tmp_path / "b").exists()
+
+
 def test_ranks_have_their_own_files(tmp_path: Path, seed: int, make: SimpleNamespace) -> None:
     checkpoint = Checkpoint.random(make.config(seed), seed)
     ranks = [[{"name": "x", "parts": [name], "dtype": "bf16", "shape": list(checkpoint.logical[name].shape)}]
@@ -151,7 +162,7 @@ def test_unknown_mode(tmp_path: Path, seed: int, mode: str, make: SimpleNamespac
 PACKING = """
 import json, sys, time
 from gptoss_compile.artifact import ArtifactWriter
-from gptoss_compile.checkpoint import Checkpoint
+from gptoss_compile.checkpoint import Checkpoint, CheckpointError
 from gptoss_compile.demo import save_huggingface
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.pack import add_weights
