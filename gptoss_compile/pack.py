@@ -164,10 +164,10 @@ def _write_weight(file: BinaryIO, checkpoint: Checkpoint, recipe: Recipe, meter:
         info = checkpoint.logical[name]
         for start, stop in row_slices(info.shape, item_bytes(DTYPES[info.dtype])):
             rows = _convert(checkpoint.read_rows(name, start, stop), recipe["dtype"], name)
-            if "largest" in recipe and int(rows.max()) > recipe["largest"]:
-                raise CheckpointError(f"tensor {name} holds the MXFP4 scale {int(rows.max())}, but the kernels of this target "
-                                      f"take none above {recipe['largest']} (weights of {6 * 2.0 ** (recipe['largest'] - 127)}"
-                                      "): compile for another target, or from BF16 experts")
+            if (found := int(rows.max())) > (largest := recipe.get("largest", found)):
+                raise CheckpointError(f"tensor {name} holds the MXFP4 scale {found}, but this target's kernels take none above "
+                                      f"{largest} (which makes weights of {6 * 2.0 ** (largest - 127)}): compile for another "
+                                      "target, or from BF16 experts")
             data = memoryview(rows.contiguous().view(torch.uint8).numpy().data).cast("B")
             meter.add(file.write(data))
 

@@ -49,10 +49,11 @@ def generated(parameters: Tensor, start: int, stop: int) -> Tensor:
     counters = torch.arange(start, stop, device=parameters.device)
     words = _mixed((_mixed(counters ^ (key0 & _WORD)) + (key1 & _WORD)) & _WORD)
     if mode == BYTES:
-        return ((words & (a & _WORD)) + (b & _WORD)).int()
+        masked: Tensor = (words & (a & _WORD)) + (b & _WORD)
+        return masked.int()
     halves = torch.stack((words << 48 >> 48, words << 32 >> 48), -1).reshape(-1)
     values = (halves + a).float() * torch.tensor([b], dtype=torch.int32, device=words.device).view(torch.float32)
-    rounded = values.bfloat16()
+    rounded: Tensor = values.bfloat16()
     return (rounded if mode == 1 else rounded.float()).view(torch.int32)
 
 
