@@ -164,12 +164,18 @@ def _write_weight(file: BinaryIO, checkpoint: Checkpoint, recipe: Recipe, meter:
         info = checkpoint.logical[name]
         for start, stop in row_slices(info.shape, item_bytes(DTYPES[info.dtype])):
             rows = _convert(checkpoint.read_rows(name, start, stop), recipe["dtype"], name)
-            if (found := int(rows.max())) > (largest := recipe.get("largest", found)):
-                raise CheckpointError(f"tensor {name} holds the MXFP4 scale {found}, but this target's kernels take none above "
-                                      f"{largest} (which makes weights of {6 * 2.0 ** (largest - 127)}): compile for another "
-                                      "target, or from BF16 experts")
+            if "largest" in recipe:
+                _require_at_most(recipe["largest"], rows, name)
             data = memoryview(rows.contiguous().view(torch.uint8).numpy().data).cast("B")
             meter.add(file.write(data))
+
+
+def _require_at_most(largest: int, scales: Tensor, name: str) -> None:
+    found = int(scales.max())
+    if found > largest:
+        raise CheckpointError(f"tensor {name} holds the MXFP4 scale {found}, but this target's kernels take none above "
+                              f"{largest} (it makes weights of {6 * 2.0 ** (largest - 127)}): compile for another target, or "
+                              "from BF16 experts")
 
 
 def _convert(rows: Tensor, dtype: str, name: str) -> Tensor:
