@@ -174,8 +174,8 @@ def _require_at_most(largest: int, scales: Tensor, name: str) -> None:
     found = int(scales.max())
     if found > largest:
         raise CheckpointError(f"tensor {name} holds the MXFP4 scale {found}, but this target's kernels take none above "
-                              f"{largest} (weights of {6 * 2.0 ** (largest - 127)}): compile for another target, or from BF16 "
-                              "experts")
+                              f"{largest} (weights of {6 * 2.0 ** (largest - 127)}): compile for another target, or from "
+                              "BF16 experts")
 
 
 def _convert(rows: Tensor, dtype: str, name: str) -> Tensor:
