@@ -15,8 +15,9 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from gptoss_compile.gumbel import NO_TOKEN
 from gptoss_compile.runtime.batch import StepInputs
 from gptoss_compile.runtime.executor import Executor, Floats
 from gptoss_compile.runtime.kv_cache import KVCache
-from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput, Wake, wake
+from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput, wake
 from gptoss_compile.runtime.prefix_cache import PrefixCache
 from gptoss_compile.runtime.request import Finished, LogitsProcessor, Request
 from gptoss_compile.runtime.sampler import LogitsError, Sampler, TokenLogprobs
@@ -70,8 +71,7 @@ class _Live:
         return tuple(self.prompt_logprobs) if wanted and complete else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
+class _Answer(NamedTuple):
     """What one step gave one request: a token if it chose one."""
 
     request: Request
@@ -211,9 +211,7 @@ class Engine:
                     if self._closing and self._inbox.empty():
                         break
                     continue
-                started = self._start_step()
-                if self._flights and not (started and len(self._flights) == 1 and self._executor.runs_ahead):
-                    self._end_step(self._flights.popleft())
+                self._turn()
         except Exception as failure:
             logger.exception("the engine failed")
             cause = f"{type(failure).__name__}: {failure}"
@@ -235,6 +233,12 @@ class Engine:
             self._last_step = self._last_step if self._scheduler.num_running else time.monotonic()
         if received:
             self._publish()
+
+    def _turn(self) -> None:
+        """Start a step and end the oldest, but for one that may stay in flight alone while the next is prepared."""
+        started = self._start_step()
+        if self._flights and not (started and len(self._flights) == 1 and self._executor.runs_ahead):
+            self._end_step(self._flights.popleft())
 
     def _start_step(self) -> bool:
         """Submit a step if there is one to be scheduled now."""
@@ -268,13 +272,8 @@ class Engine:
                 answers.append(_Answer(request, token, logprobs))
             tokens.append(token)
         finished = {f.request: f for f in self._scheduler.commit(step, tokens)}
-        answers = [a for a in answers if a.token is not None or a.request in finished]
-        for answer in answers:
-            if (processor := answer.request.logits_processor) and answer.request not in finished:
-                processor.prepare(answer.request.generated)
-        self._count(answers)
-        self._publish()
-        self._deliver((answer, finished.get(answer.request)) for answer in answers)
+        self._steps += 1
+        self._deliver(answers, finished)
 
     def _host_logits(self, step: Step) -> dict[int, Floats]:
         """The rows of a step's logits that the host needs."""
@@ -299,33 +298,38 @@ class Engine:
         token, count = self._sampler.sample(logits_V, request), request.params.logprobs
         return token, None if count is None else self._sampler.logprobs(logits_V, token, count)
 
-    def _deliver(self, answers: Iterable[tuple[_Answer, Finished | None]]) -> None:
-        waiting: list[tuple[RequestHandle, Wake]] = []
-        for answer, finished in answers:
-            live = self._live[answer.request.request_id]
-            output = RequestOutput(
-                answer.request.request_id,
-                token_ids=() if answer.token is None else (answer.token,),
-                logprobs=None if answer.logprobs is None else (answer.logprobs,),
-                prompt_logprobs=None if live.delivered else live.scores,
-                finish_reason=finished.reason if finished else None,
-                stop_id=finished.stop_id if finished else None,
-                cached_tokens=live.request.cached_tokens or 0)
-            live.delivered = True
-            if finished:
+    def _deliver(self, answers: Iterable[_Answer], finished: Mapping[Request, Finished]) -> None:
+        """Give consumers what is new to them, when the statistics tell of it."""
+        outputs: list[tuple[RequestHandle, RequestOutput]] = []
+        for request, token, logprobs in answers:
+            end = finished.get(request)
+            if token is None and end is None:
+                continue
+            live, first, cached = self._live[request.request_id], None, request.cached_tokens or 0
+            reason, stop_id = (end.reason, end.stop_id) if end else (None, None)
+            if token is not None:
+                self._generation_tokens += 1
+            if not live.delivered:
+                live.delivered, first = True, live.scores
+                self._prompt_tokens += request.prompt_length
+                self._cached_tokens += cached
+            outputs.append((live.handle, RequestOutput(
+                request.request_id, () if token is None else (token,), None if logprobs is None else (logprobs,), first,
+                reason, stop_id, cached)))
+            if end:
                 with self._lock:
-                    del self._live[answer.request.request_id]
-            if consumer := live.handle.deliver(output):
-                waiting.append((live.handle, consumer))
-        wake(waiting)
+                    del self._live[request.request_id]
+            elif request.logits_processor:
+                request.logits_processor.prepare(request.generated)
+        self._publish()
+        wake([(handle, consumer) for handle, output in outputs if (consumer := handle.deliver(output))])
 
     def _abort(self, request: Request) -> None:
         live = self._live.get(request.request_id)
         if live is None or live.request is not request:
             return  # it has finished, and another may have its name by now
         if finished := self._scheduler.abort(request):
-            self._publish()
-            self._deliver([(_Answer(request), finished)])
+            self._deliver([_Answer(request)], {request: finished})
 
     def _abort_all(self) -> None:
         for live in list(self._live.values()):
@@ -344,15 +348,6 @@ class Engine:
         finally:  # a failure may have left the scheduler in pieces; nobody must wait for ever because of that
             wake((live.handle, consumer) for live in left if (consumer := live.handle.fail(error)))
             self._executor.close()
-
-    def _count(self, answers: Sequence[_Answer]) -> None:
-        self._steps += 1
-        for answer in answers:
-            live = self._live[answer.request.request_id]
-            self._generation_tokens += answer.token is not None
-            if not live.delivered:
-                self._prompt_tokens += live.request.prompt_length
-                self._cached_tokens += live.request.cached_tokens or 0
 
     def _publish(self) -> None:
         full, window = self._cache.full, self._cache.window

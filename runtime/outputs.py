@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 from gptoss_compile.runtime.request import FinishReason
 from gptoss_compile.runtime.sampler import TokenLogprobs
@@ -19,8 +19,7 @@ class EngineError(RuntimeError):
     """The engine cannot serve: it failed, or is shutting down. The message says which and why."""
 
 
-@dataclass(frozen=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """What is new since the previous output of the same request.
 
     token_ids:       includes the id that stopped the answer, which stop_id repeats.

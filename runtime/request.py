@@ -1,6 +1,6 @@
 """A request and the states it goes through.
 
-A state is a frozen value with only the fields that exist in it, and a transition is a method from one to the
+A state is an immutable value with only the fields that exist in it, and a transition is a method from one to the
 next, so a transition that does not exist cannot be written:
 
     Waiting ──admit──▶ Running ──advance──▶ Running
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from gptoss_compile.runtime.executor import Floats
 from gptoss_compile.runtime.kv_cache import SequencePages
@@ -43,6 +43,7 @@ class Request:
     keys:          hashes of the token blocks, for the prefix cache.
     cached_tokens: what the first admission found in the prefix cache.
     ahead:         tokens behind `tokens` that steps in flight will give, not yet known. ended: whether it is Finished.
+    to_score:      prompt positions whose logits are wanted: [0, to_score). The last one predicts no prompt token.
     on_host:       whether its tokens are chosen on the host, because it asks for more than a temperature.
     """
 
@@ -61,10 +62,12 @@ class Request:
     cached_tokens: int | None = None
     ahead: int = 0
     ended: bool = False
+    to_score: int = field(init=False)
     on_host: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.on_host = self.logits_processor is not None or self.params.edits_logits or self.params.logprobs is not None
+        self.to_score = 0 if self.params.prompt_logprobs is None else self.prompt_length - 1
         self._most = self.prompt_length + max(self.max_tokens - 1, 0)
 
     @property
@@ -86,11 +89,6 @@ class Request:
         return len(self.tokens) - self.prompt_length
 
     @property
-    def to_score(self) -> int:
-        """Prompt positions whose logits are wanted: [0, to_score). The last one predicts no prompt token."""
-        return 0 if self.params.prompt_logprobs is None else self.prompt_length - 1
-
-    @property
     def reusable(self) -> int:
         """Tokens that may come from the prefix cache: not the last nor those to score, whose logits count."""
         last = len(self.tokens) - 1
@@ -98,9 +96,10 @@ class Request:
 
     def ending(self) -> tuple[FinishReason, int | None] | None:
         """Whether the answer so far is complete: the reason, and the id that stopped it."""
-        if self.num_generated and self.tokens[-1] in self.stop_ids:
-            return "stop", self.tokens[-1]
-        return ("length", None) if self.num_generated >= self.max_tokens else None
+        generated, last = len(self.tokens) - self.prompt_length, self.tokens[-1]
+        if generated and last in self.stop_ids:
+            return "stop", last
+        return ("length", None) if generated >= self.max_tokens else None
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,7 @@ class Waiting:
         return Finished(self.request, reason, stop_id)
 
 
-@dataclass(frozen=True)
-class Running:
+class Running(NamedTuple):
     """Tokens [0, computed) have their keys and values in `pages`, or will once the steps in flight have run.
 
     row: where the last step it was in chooses its next token: a row of that step's logits.

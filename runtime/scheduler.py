@@ -25,15 +25,17 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from gptoss_compile.config import Bucket
 from gptoss_compile.runtime.kv_cache import KVCache
 from gptoss_compile.runtime.prefix_cache import PrefixCache
 from gptoss_compile.runtime.request import Finished, FinishReason, Request, Running, Waiting
 
+_NONE = range(0)
 
-@dataclass(frozen=True)
-class Chunk:
+
+class Chunk(NamedTuple):
     """The tokens [start, end) of one sequence in one step.
 
     scored: prompt positions whose logits are wanted. samples: whether the last token's logits choose the next
@@ -60,7 +62,7 @@ class Step:
     bucket: Bucket
     chunks: tuple[Chunk, ...]
 
-    @property
+    @cached_property
     def needs_host(self) -> bool:
         """Whether the host looks at logits of it. Then it is committed before the next step is scheduled."""
         return any(chunk.scored or (chunk.samples and chunk.sequence.request.on_host) for chunk in self.chunks)
@@ -134,7 +136,7 @@ class Scheduler:
             if not picked:
                 return None
             if chunks := self._plan(picked, mixed):
-                self._read_last = any(chunk.sequence.pending > 1 for chunk in chunks)
+                self._read_last = mixed and any(chunk.sequence.pending > 1 for chunk in chunks)
                 return Step(self._cheapest(chunks), tuple(chunks))
             # All that were picked gave up their pages to sequences that were not; those are picked next.
 
@@ -162,7 +164,9 @@ class Scheduler:
             if token is not None:
                 assert chunk.samples
                 request.tokens.append(token)
-            if chunk.end >= request.prompt_length and (ending := request.ending()):
+            elif chunk.samples or chunk.end < request.prompt_length:
+                continue
+            if ending := request.ending():
                 finished.append(self._finish(request, *ending))
         return finished
 
@@ -203,27 +207,32 @@ class Scheduler:
 
     def _plan(self, picked: Sequence[Running], mixed: bool) -> list[Chunk]:
         """Chunks of the picked sequences, in rank order, their pages allocated. May preempt; may be empty."""
-        decodes = sum(r.pending == 1 for r in picked)
         spare_tokens = spare_rows = slots = 0  # beyond one token and row for each generating sequence
         if mixed:
+            decodes = sum(r.pending == 1 for r in picked)
             spare_tokens = min(self._mixed.tokens, self._budget) - decodes
             slots = self._mixed_limit - decodes
             spare_rows = self._mixed.rows - min(self._mixed_limit, len(picked))
         chunks: list[Chunk] = []
         for running in picked:
-            is_prompt = running.pending > 1
             if running.request not in self._running:
                 continue  # preempted for a higher-ranked one
-            if is_prompt and not (slots and spare_tokens):
-                continue
-            end = running.computed + (min(running.pending, spare_tokens) if is_prompt else 1)
-            end = self._allocate(running, _limit_rows(running, end, 1 + spare_rows))
+            wanted = running.pending if mixed else 1
+            if wanted > 1:
+                if not (slots and spare_tokens):
+                    continue
+                wanted = min(wanted, spare_tokens)
+            end = _limit_rows(running, running.computed + wanted, 1 + spare_rows)
+            if self._cache.grow(running.pages, running.computed, end) != end:
+                end = self._allocate(running, end)
             if end > running.computed:
                 chunk = _chunk(running, end)
                 chunks.append(chunk)
-                spare_rows -= max(0, chunk.rows - 1)
-                slots -= is_prompt
-                spare_tokens -= chunk.tokens if is_prompt else 0
+                if mixed:
+                    spare_rows -= max(0, chunk.rows - 1)
+                    if running.pending > 1:
+                        slots -= 1
+                        spare_tokens -= chunk.tokens
         return chunks
 
     def _pick(self) -> tuple[list[Running], bool]:
@@ -275,7 +284,7 @@ class Scheduler:
         self._prefix.keep(running.pages, request.tokens, request.keys, request.salt, end)
 
     def _cheapest(self, chunks: Sequence[Chunk]) -> Bucket:
-        tokens, rows = sum(c.tokens for c in chunks), sum(c.rows for c in chunks)
+        tokens, rows = sum([c.end - c.start for c in chunks]), sum([c.rows for c in chunks])
         single = tokens == len(chunks)
         for bucket in self._buckets:
             enough = bucket.sequences >= len(chunks) and bucket.tokens >= tokens and bucket.rows >= rows
@@ -285,14 +294,15 @@ class Scheduler:
 
 
 def _chunk(running: Running, end: int) -> Chunk:
-    request = running.request
-    scored = range(max(running.computed, request.scored), min(end, request.to_score))
-    samples = end == request.length and request.max_tokens > 0
-    return Chunk(running, running.computed, end, scored, samples)
+    request, start = running.request, running.computed
+    scored = _NONE if request.scored >= request.to_score else range(max(start, request.scored), min(end, request.to_score))
+    return Chunk(running, start, end, scored, end == len(request.tokens) + request.ahead and request.max_tokens > 0)
 
 
 def _limit_rows(running: Running, end: int, rows: int) -> int:
     """The largest end, at most the given one, whose chunk wants no more than `rows` (at least 1) rows."""
+    if running.request.scored >= running.request.to_score:
+        return end  # it wants one at most
     while (excess := _chunk(running, end).rows - rows) > 0:
         end -= excess  # a token adds at most one row, so this never overshoots
     return end

@@ -75,7 +75,7 @@ def alone(prompts: list[Prompt], params: list[SamplingParams]) -> list[RequestOu
 
 
 def answer(output: RequestOutput) -> object:
-    return replace(output, request_id="", cached_tokens=0)
+    return output._replace(request_id="", cached_tokens=0)
 
 
 @AHEAD
