@@ -18,7 +18,7 @@ from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.runtime.api.harmony import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
 from gptoss_compile.runtime.api.tokenizer import Tokenizer
 from gptoss_compile.runtime.engine import Engine
-from gptoss_compile.runtime.executor import Floats, Ints
+from gptoss_compile.runtime.executor import Floats, HostSteps, Ints
 from gptoss_compile.runtime.request import LogitsProcessor
 
 VOCAB = 201088
@@ -46,10 +46,11 @@ CONFIG = ModelConfig(
 )
 
 
-class HashExecutor:
+class HashExecutor(HostSteps):
     """Logits of a row: mostly 0, with a few peaks that depend on the row's token and position alone."""
 
     def __init__(self, *, max_context: int = 4096, num_pages: int = 1024) -> None:
+        super().__init__()
         self.config = CONFIG
         self.buckets = (Bucket.decode(1), Bucket.decode(8), Bucket.extend(512, 8))
         self.page_size, self.max_context = 16, max_context
