@@ -4,7 +4,7 @@
 
 The executor is a stand-in that answers at once, with page tables of GPT-OSS's full context; nothing is copied or launched.
 `event loop`: with a consumer for each request in an event loop of another thread, as under the API. Prints a table, then one
-JSON line: microseconds a step that the engine's thread computes, the median, and how long it takes, with the 99th percentile.
+JSON line: microseconds of a step that the engine's thread computes, and that it takes, medians; and the 99th percentile.
 """
 
 from __future__ import annotations

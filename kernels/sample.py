@@ -115,10 +115,10 @@ def instantiate_feed(target: Target, operands: Mapping[str, Operand]) -> tuple[L
 
 
 def instantiate_sample(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    """Parts: enough programs for two on every processor."""
+    """Parts: enough programs for eight on every processor, as each waits for what it loads."""
     rows, vocab = tensor(operands, "logits").shape
     block = 1024
-    parts = max(min(2 * target.processors // rows, cdiv(vocab, block)), 1)
+    parts = max(min(8 * target.processors // rows, cdiv(vocab, block)), 1)
     scratch = (TensorSpec((rows, parts), "fp32"), TensorSpec((rows, parts), "i32"), TensorSpec((rows,), "i32"))
     constants = {"V": vocab, "FIELDS": gumbel.FIELDS, "PARTS": parts, "PP": pow2(parts), "BLOCK": block}
     return (launch(sample_kernel, target, operands, constants, grid=rows * parts, scratch=scratch, zeroed=(2,),

@@ -12,6 +12,7 @@ import itertools
 import logging
 import queue
 import secrets
+import sys
 import threading
 import time
 from collections import deque
@@ -33,6 +34,10 @@ from gptoss_compile.runtime.sampling_params import RequestError, SamplingParams
 from gptoss_compile.runtime.scheduler import Scheduler, Step
 
 logger = logging.getLogger(__name__)
+
+# Seconds after which a thread that computes lets another one go on. The engine's thread has to wait for its turn behind each
+# call to the driver, several times a step; Python's own 5 ms are longer than a step.
+SWITCH_INTERVAL = 5e-5
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,7 @@ class Engine:
 
     def _main(self) -> None:
         error = EngineError("the engine was shut down")
+        sys.setswitchinterval(SWITCH_INTERVAL)
         try:
             while True:
                 self._receive()

@@ -95,10 +95,10 @@ class CudaExecutor:
             raise
 
     def inputs(self, bucket: Bucket) -> Mapping[str, Ints]:
+        self._device.use()
         return self._inputs[bucket].arrays()
 
     def submit(self, bucket: Bucket, rows: int, columns: int) -> None:
-        self._device.use()
         self._inputs[bucket].send(rows, columns)
         self.graphs[bucket].replay()
         landing = self._landings[0]
@@ -141,8 +141,7 @@ class CudaExecutor:
 
     def upload(self, bucket: Bucket, inputs: Mapping[str, Ints]) -> None:
         """Put all inputs of a step in their places, in the stream's order; without `source` and `words` none is chosen."""
-        self._device.use()
-        arrays = self._inputs[bucket].arrays()
+        arrays = self.inputs(bucket)
         arrays["source"][:], arrays["words"][:] = -1, NOTHING
         for name, values in inputs.items():
             assert values.shape == arrays[name].shape, (bucket, name, values.shape, arrays[name].shape)

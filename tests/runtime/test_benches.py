@@ -106,6 +106,21 @@ def test_kernels(artifact: Artifact, driver: NullDriver, monkeypatch: pytest.Mon
     assert not driver.blocks, "everything was given back"
 
 
+def test_steps(artifact: Artifact, driver: NullDriver, monkeypatch: pytest.MonkeyPatch,
+               capsys: pytest.CaptureFixture[str]) -> None:
+    module = bench("steps", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["steps.py", str(artifact.path), "--batches=1,3", "--context=50", "--steps=40"])
+    assert module.main() == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["batch"] for row in rows] == [1, 3] and all(row["bare_ms"] == 0.02 for row in rows)
+    assert not driver.blocks, "everything was given back"
+
+
+def test_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = bench("host", monkeypatch)
+    assert all(us > 0 for consumers in (False, True) for us in module.measure(3, 100, 5, consumers))
+
+
 def test_prefill(artifact: Artifact, driver: NullDriver, monkeypatch: pytest.MonkeyPatch,
                  capsys: pytest.CaptureFixture[str]) -> None:
     module = bench("prefill", monkeypatch)
