@@ -271,10 +271,12 @@ class Engine:
                     self._score(request, chunk.scored, logits, row)
                 if chunk.samples:
                     row += len(chunk.scored)
-                    token, logprobs = self._sample(request, logits[row]) if request.on_host else (chosen[row], None)
+                    token = self._sampler.sample(logits[row], request) if request.on_host else chosen[row]
                     if token == NO_TOKEN:
                         raise LogitsError(f"request {request.request_id!r}, token {len(request.tokens)}: the largest logit "
                                           "is not finite")
+                    if (count := request.params.logprobs) is not None:
+                        logprobs = self._sampler.logprobs(logits[row], token, count)
                 answers.append(_Answer(request, token, logprobs))
             tokens.append(token)
         finished = {f.request: f for f in self._scheduler.commit(step, tokens)}
@@ -287,9 +289,7 @@ class Engine:
             return {}
         rows: list[int] = []
         for chunk, row in zip(step.chunks, step.first_rows, strict=True):
-            on_host = chunk.samples and chunk.sequence.request.on_host
-            rows += range(row, row + len(chunk.scored))
-            rows += [row + len(chunk.scored)] * on_host
+            rows += range(row, row + len(chunk.scored) + (chunk.samples and chunk.sequence.request.needs_logits))
         return dict(zip(rows, self._executor.logits(rows), strict=True))
 
     def _score(self, request: Request, scored: range, logits: dict[int, Floats], row: int) -> None:
@@ -299,10 +299,6 @@ class Engine:
         scores = self._live[request.request_id].prompt_logprobs
         for position in scored:
             scores.append(self._sampler.logprobs(logits[row + position - scored.start], request.tokens[position + 1], count))
-
-    def _sample(self, request: Request, logits_V: Floats) -> tuple[int, TokenLogprobs | None]:
-        token, count = self._sampler.sample(logits_V, request), request.params.logprobs
-        return token, None if count is None else self._sampler.logprobs(logits_V, token, count)
 
     def _deliver(self, answers: Iterable[_Answer], finished: Mapping[Request, Finished]) -> None:
         """Give consumers what is new to them, when the statistics tell of it."""

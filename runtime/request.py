@@ -44,7 +44,8 @@ class Request:
     cached_tokens: what the first admission found in the prefix cache.
     ahead:         tokens behind `tokens` that steps in flight will give, not yet known. ended: whether it is Finished.
     to_score:      prompt positions whose logits are wanted: [0, to_score). The last one predicts no prompt token.
-    on_host:       whether its tokens are chosen on the host, because it asks for more than a temperature.
+    on_host:       whether its tokens are chosen on the host, because it asks for more than a temperature; `needs_logits`:
+                   whether the host needs the logits they are chosen from, for that or for log-probabilities.
     """
 
     request_id: str
@@ -64,9 +65,11 @@ class Request:
     ended: bool = False
     to_score: int = field(init=False)
     on_host: bool = field(init=False)
+    needs_logits: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.on_host = self.logits_processor is not None or self.params.edits_logits or self.params.logprobs is not None
+        self.on_host = self.logits_processor is not None or self.params.edits_logits
+        self.needs_logits = self.on_host or self.params.logprobs is not None
         self.to_score = 0 if self.params.prompt_logprobs is None else self.prompt_length - 1
         self._most = self.prompt_length + max(self.max_tokens - 1, 0)
 

@@ -65,7 +65,7 @@ class Step:
     @cached_property
     def needs_host(self) -> bool:
         """Whether the host looks at logits of it. Then it is committed before the next step is scheduled."""
-        return any(chunk.scored or (chunk.samples and chunk.sequence.request.on_host) for chunk in self.chunks)
+        return any(chunk.scored or (chunk.samples and chunk.sequence.request.needs_logits) for chunk in self.chunks)
 
     @cached_property
     def first_rows(self) -> tuple[int, ...]:
