@@ -1,4 +1,4 @@
-"""Grammars that clients give for the input of their custom tools: bounded in what they cost, as parts of a turn's grammar.
+"""CustomGrammars that clients give for the input of their custom tools: bounded in what they cost, as parts of a turn's grammar.
 
 Both syntaxes become Lark as llguidance reads it. Its extensions are left out: a grammar must not name the special tokens
 that end a message, other grammars, or JSON schemas (which have limits of their own).
@@ -7,9 +7,11 @@ that end a message, other grammars, or JSON schemas (which have limits of their 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 Syntax = Literal["lark", "regex"]
+# Of all grammars of one request together:
 CHARACTERS = 10_000
 RULES = 200  # and terminals; chains of thousands overflow the compiler's stack
 EXPANDED = 20_000  # words of all terminals, with those that they refer to in their place
@@ -24,31 +26,45 @@ class GrammarError(ValueError):
     """A grammar that is refused."""
 
 
-def as_lark(syntax: Syntax, definition: str) -> str:
-    """The grammar in llguidance's dialect of Lark. Raises GrammarError for one that costs or can do too much.
+class CustomGrammars:
+    """The grammars of one request, which share what they may cost."""
 
-    A regular expression describes the whole input, whether it says so with ^ and $ or not.
-    """
-    if len(definition) > CHARACTERS:
-        raise GrammarError(f"it has more than {CHARACTERS} characters")
-    if syntax == "regex":
-        return f"start: /{_inside_slashes(_without_anchors(definition))}/"
-    _check(definition)
-    return definition
+    def __init__(self) -> None:
+        self._characters = self._rules = self._words = 0
+
+    def as_lark(self, syntax: Syntax, definition: str) -> str:
+        """A grammar in llguidance's dialect of Lark. Raises GrammarError for one that costs or can do too much.
+
+        A regular expression describes the whole input, whether it says so with ^ and $ or not.
+        """
+        self._characters += len(definition)
+        if self._characters > CHARACTERS:
+            raise GrammarError(f"the grammars have more than {CHARACTERS} characters")
+        if syntax == "regex":
+            return f"start: /{_inside_slashes(_without_anchors(definition))}/"
+        self._check(definition)
+        return definition
+
+    def _check(self, lark: str) -> None:
+        bare = _LITERAL.sub('""', lark)  # comments become words, too: they count little
+        if found := _FORBIDDEN.search(bare.replace('""', "")):
+            raise GrammarError(f"{found.group()!r} is not supported in grammars")
+        parts = _DEFINITION.split(bare)
+        bodies = dict(zip(parts[1::2], parts[2::2], strict=True))
+        self._rules += len(bodies)
+        if self._rules > RULES:
+            raise GrammarError(f"the grammars have more than {RULES} rules and terminals")
+        self._words += _written_out(bodies)
+        if self._words > EXPANDED:
+            raise GrammarError(f"the terminals come to more than {EXPANDED} words when they are written out")
 
 
-def _check(lark: str) -> None:
-    bare = _LITERAL.sub('""', lark)  # comments become words, too: they count little
-    if found := _FORBIDDEN.search(bare.replace('""', "")):
-        raise GrammarError(f"{found.group()!r} is not supported in grammars")
-    parts = _DEFINITION.split(bare)
-    bodies = dict(zip(parts[1::2], parts[2::2], strict=True))
-    if len(bodies) > RULES:
-        raise GrammarError(f"it has more than {RULES} rules and terminals")
+def _written_out(bodies: Mapping[str, str]) -> int:
+    """Words of all terminals, with those that they refer to in their place. A circle, which the compiler refuses, ends where
+    it closes."""
     sizes: dict[str, int] = {}
 
     def size(name: str) -> int:
-        """Words of a terminal, written out. A circle, which the compiler refuses, ends where it closes."""
         if name not in sizes:
             sizes[name] = 0
             words: list[str] = _WORD.findall(bodies[name])
@@ -56,8 +72,7 @@ def _check(lark: str) -> None:
             sizes[name] = min(len(words) + inside, EXPANDED + 1)
         return sizes[name]
 
-    if sum(map(size, filter(_terminal, bodies))) > EXPANDED:
-        raise GrammarError(f"its terminals come to more than {EXPANDED} words when they are written out")
+    return sum(map(size, filter(_terminal, bodies)))
 
 
 def _terminal(name: str) -> bool:

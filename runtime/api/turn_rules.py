@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from gptoss_compile.runtime.api.custom_grammar import GrammarError, as_lark
+from gptoss_compile.runtime.api.custom_grammar import GrammarError, CustomGrammars
 from gptoss_compile.runtime.api.errors import bad_request
 from gptoss_compile.runtime.api.grammar import Callee, TurnRules, refused
 from gptoss_compile.runtime.api.json_schema import Schema
@@ -77,7 +77,8 @@ def response_rules(
         for number, tool in enumerate(body.tools or ())
         for each in declared(tool)
     }
-    callees = [_declared(*declarations[tool.name]) for tool in tools]
+    grammars = CustomGrammars()
+    callees = [_declared(*declarations[tool.name], grammars) for tool in tools]
     for namespace in box.namespaces():
         known = namespace.name == "browser"  # MCP servers check their arguments themselves
         for tool in namespace.tools:
@@ -89,13 +90,13 @@ def response_rules(
     return _rules(callees, forced, False, body.parallel_tool_calls, answer)
 
 
-def _declared(tool: Declared, path: str) -> Callee:
+def _declared(tool: Declared, path: str, grammars: CustomGrammars) -> Callee:
     if tool.format is None:
         return _function(tool.function, f"{path}.parameters")
     path = f"{path}.format.definition"
     assert tool.format.syntax and tool.format.definition is not None
     try:
-        lark = as_lark(tool.format.syntax, tool.format.definition)
+        lark = grammars.as_lark(tool.format.syntax, tool.format.definition)
     except GrammarError as error:
         raise refused(path, str(error), "invalid_grammar") from None
     return Callee(NAMESPACE + tool.function.name, path=path, text=True, grammar=lark)

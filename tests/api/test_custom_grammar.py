@@ -120,6 +120,12 @@ async def test_refused(client: httpx.AsyncClient, definition: str, syntax: str, 
     assert reason in error["message"] and len(error["message"]) < 600
 
 
+async def test_limits_are_for_all_together(client: httpx.AsyncClient) -> None:
+    tools = [custom(f"a{{{i}}}" + "b" * (CHARACTERS // 3), "regex", name=f"t{i}") for i in range(3)]
+    answer = await client.post(RESPONSES, json={"input": "Go.", "tools": tools})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "tools[2].format.definition"
+
+
 @pytest.mark.parametrize("format_", [{}, {"syntax": "lark"}, {"definition": "a"}, {"syntax": "ebnf", "definition": "a"}])
 async def test_incomplete(client: httpx.AsyncClient, format_: dict[str, str]) -> None:
     tool = {"type": "custom", "name": "sum", "format": {"type": "grammar", **format_}}
