@@ -1,4 +1,4 @@
-"""CustomGrammars that clients give for the input of their custom tools: bounded in what they cost, as parts of a turn's grammar.
+"""Grammars that clients give for the input of their custom tools: bounded in what they cost, as parts of a turn's grammar.
 
 Both syntaxes become Lark as llguidance reads it. Its extensions are left out: a grammar must not name the special tokens
 that end a message, other grammars, or JSON schemas (which have limits of their own).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from gptoss_compile.runtime.api.custom_grammar import GrammarError, CustomGrammars
+from gptoss_compile.runtime.api.custom_grammar import CustomGrammars, GrammarError
 from gptoss_compile.runtime.api.errors import bad_request
 from gptoss_compile.runtime.api.grammar import Callee, TurnRules, refused
 from gptoss_compile.runtime.api.json_schema import Schema
