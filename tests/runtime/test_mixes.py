@@ -78,8 +78,7 @@ def answer(output: RequestOutput) -> object:
     return output._replace(request_id="", cached_tokens=0)
 
 
-@AHEAD
-@pytest.mark.parametrize("buckets", BUCKETS)
+@pytest.mark.parametrize(("buckets", "ahead"), [("several", False), *((buckets, True) for buckets in BUCKETS)])
 @pytest.mark.parametrize("pages", ["plenty", "tenth", "barely one"])
 def test_every_answer_equals_its_run_alone(buckets: str, pages: str, ahead: bool) -> None:
     seed = random.randrange(2**32)
@@ -150,12 +149,11 @@ def test_preemption_happens_and_is_invisible(extras: dict[str, Any], ahead: bool
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 143, 144, 145, 255, 256, 257])
 @pytest.mark.parametrize("chunk", [16, 127, 128, 129])
-@pytest.mark.parametrize("score", [None, 1])
-def test_chunk_edges(length: int, chunk: int, score: int | None) -> None:
-    """Prompts cut into chunks of a fixed size, around the window's and the pages' edges, read as in one
+def test_chunk_edges(length: int, chunk: int) -> None:
+    """Prompts, some scored, cut into chunks of a fixed size, around the window's and the pages' edges, read as in one
     piece."""
     prompt = [(i * 31 + length) % 95 for i in range(length)]
-    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, prompt_logprobs=score)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, prompt_logprobs=(None, 1)[length // 2 % 2])
     executor = FakeExecutor(ahead=True, buckets=(Bucket.decode(1), Bucket("extend", 256, 2, 256)))
     engine = Engine(executor, max_num_seqs=1, max_num_batched_tokens=chunk)
     engine.start()
