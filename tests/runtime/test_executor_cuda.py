@@ -25,8 +25,10 @@ from gptoss_compile.launch_plan import Operand
 from gptoss_compile.runtime import cuda_driver
 from gptoss_compile.runtime.check import check_bucket
 from gptoss_compile.runtime.cuda_driver import CudaError
+from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.executor import load_executor
 from gptoss_compile.runtime.executor_cuda import RESERVE, CudaExecutor
+from gptoss_compile.runtime.sampling_params import SamplingParams
 from gptoss_compile.runtime.staging import upload_weights
 from gptoss_compile.target import Target
 
@@ -164,6 +166,33 @@ def test_a_token_reaches_the_next_step_without_the_host(executor: CudaExecutor, 
         found.append(executor.result()[used].tolist())
     found.append(executor.result()[used].tolist())
     assert found == wanted
+
+
+@pytest.mark.parametrize("extras", [{}, {"temperature": 0.8}, {"logprobs": 2}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
+def test_the_engine_gets_the_same_with_a_step_ahead_and_without(
+        executor: CudaExecutor, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, extras: dict[str, Any]) -> None:
+    """Two answers at once, one of them after a prompt in several chunks."""
+    replay = driver._cuGraphLaunch
+
+    def replay_any(graph: Any, stream: Any) -> None:
+        bucket = next(b for b, g in executor.graphs.items() if g._executable is graph)
+        plan = executor.plans[bucket]
+        shapes = {str(cache.key): executor.true_shape(cache).shape for cache in plan.caches}
+        driver.expect(plan, {**shapes, "sampled": (8,)})
+        replay(graph, stream)
+
+    monkeypatch.setattr(driver, "_cuGraphLaunch", replay_any, raising=False)
+    monkeypatch.setattr(executor, "close", lambda: None)
+    params = SamplingParams(**{"temperature": 0.0, "seed": 4, "max_tokens": 12, "ignore_eos": True, **extras})
+    answers = []
+    for ahead in (False, True):
+        executor.runs_ahead = ahead
+        engine = Engine(executor, max_num_seqs=3, max_num_batched_tokens=24, enable_prefix_caching=False)
+        handles = [engine.submit(prompt, params) for prompt in (list(range(30)), [7, 8])]
+        engine.start()
+        answers.append([handle.result()._replace(request_id="") for handle in handles])
+        engine.shutdown()
+    assert answers[0] == answers[1] and [len(answer.token_ids) for answer in answers[0]] == [12, 12]
 
 
 def laid_out(executor: CudaExecutor) -> set[str]:
