@@ -74,7 +74,7 @@ def server(artifact: Path) -> Iterator[str]:
         yield url
 
 
-@pytest.mark.parametrize("pages", ["plenty", "a tenth"])
+@pytest.mark.parametrize("pages", ["plenty", "a tenth", "the largest alone"])
 def test_soak(artifact: Path, pages: str) -> None:
     """Whatever runs beside a request, and whatever is preempted or aborted, its answer is the one it gets alone."""
     count = int(os.environ.get("GPTOSS_SOAK_REQUESTS", "24"))
@@ -90,7 +90,7 @@ def test_soak(artifact: Path, pages: str) -> None:
         jobs.append((base, rng.randint(1, 24), rng.random() < 0.5, rng.random() < 0.15))
     demand = sum(-(-(len(p) + n) // 16) for p, n, _, _ in jobs)
     largest = max(-(-(len(p) + n) // 16) for p, n, _, _ in jobs)
-    budget = demand + 64 if pages == "plenty" else max(demand // 10, largest, 10)
+    budget = {"plenty": demand + 64, "a tenth": max(demand // 10, largest), "the largest alone": largest}[pages]
     with served(artifact, "--kv-pages", str(budget), "--served-model-name", "small") as url:
         mixed = asyncio.run(_all(url, jobs, random.Random(seed)))
         alone = {i: asyncio.run(_all(url, [(p, n, False, False)], rng))[0] for i, (p, n, _, _) in enumerate(jobs)
@@ -102,7 +102,7 @@ def test_soak(artifact: Path, pages: str) -> None:
             time.sleep(0.1)
         assert metric(url, "gptoss_kv_pages_held") == 0
         assert metric(url, "gptoss_requests_running") == metric(url, "gptoss_requests_waiting") == 0
-        if pages == "a tenth" and count >= 100:
+        if pages == "the largest alone" and count >= 100:
             assert metric(url, "gptoss_preemptions_total") > 0
     assert len(alone) > count / 2
 
