@@ -3,7 +3,7 @@
     manifest.json          schema version, target, config, buckets, pass log, tool versions, how weights are
                            given, the size and sha256 of every other file, and a digest of all that
     kernels/  ir/          machine code; the graph after each stage
-    plans/<bucket>.json    launch plans
+    plans/<bucket>.json    launch plans; of ranks behind the first: <bucket>.rank<N>.json
     tokenizer/             o200k_base.tiktoken, unless the checkpoint has none
     weights/               *.safetensors (mode `files`)
 
@@ -34,7 +34,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/o200k_base.tiktoken"
 # One weight of a plan: {"name", "dtype", "shape"} and either "parts" (logical weights, concatenated along
-# axis 0) or "values" (the numbers themselves); "largest", if given, is the largest value that may be stored.
+# axis 0), "values" (the numbers themselves) or neither (zeros). Beside parts may stand "cuts", one a part: {"axis",
+# "start", "stop"}, what is taken of it. "largest", if given, is the largest value that may be stored.
 Recipe = Mapping[str, Any]
 
 
@@ -128,9 +129,9 @@ class Artifact:
             raise ArtifactError(f"{self.path} has no file {rel}")
         return self.path / rel
 
-    def plan(self, bucket: Bucket) -> dict[str, Any]:
-        """The launch plan of a bucket, as JSON."""
-        plan: dict[str, Any] = json.loads(self.file(f"plans/{bucket.name}.json").read_bytes())
+    def plan(self, bucket: Bucket, rank: int = 0) -> dict[str, Any]:
+        """A rank's launch plan of a bucket, as JSON."""
+        plan: dict[str, Any] = json.loads(self.file(plan_file(bucket, rank)).read_bytes())
         return plan
 
     def open_weights(self, rank: int = 0) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
@@ -147,6 +148,16 @@ class Artifact:
 
     def _pack(self) -> Path:
         return pack_directory(self.manifest["weights"]["pack"])
+
+
+def rank_suffix(rank: int) -> str:
+    """What stands behind the names of a rank's files; for the first nothing, so that one rank looks like none."""
+    return f".rank{rank}" if rank else ""
+
+
+def plan_file(bucket: Bucket, rank: int = 0) -> str:
+    """The name of a rank's launch plan of a bucket in an artifact."""
+    return f"plans/{bucket.name}{rank_suffix(rank)}.json"
 
 
 def pack_directory(key: str) -> Path:

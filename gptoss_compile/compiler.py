@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,10 +18,12 @@ import torch
 from torch import fx
 
 from gptoss_compile import __version__
-from gptoss_compile.artifact import Artifact, ArtifactWriter, canonical_json
+from gptoss_compile.artifact import Artifact, ArtifactWriter, canonical_json, plan_file, rank_suffix
 from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.ir import Dumper, print_graph
+from gptoss_compile.kernels import exchange
+from gptoss_compile.kernels.registry import SPECS
 from gptoss_compile.kernels.spec import Launch
 from gptoss_compile.launch_plan import LARGEST_SCALE, LaunchPlan, Weight
 from gptoss_compile.pack import add_weights, check_mode
@@ -30,6 +32,7 @@ from gptoss_compile.passes.select_kernels import calls
 from gptoss_compile.paths import atomic_directory, cache_dir
 from gptoss_compile.pipeline import Options, Record, run_passes
 from gptoss_compile.plan import make_plan, node_operands, tensor_operands
+from gptoss_compile.sharding import rank_config, rank_plan
 from gptoss_compile.target import Target
 from gptoss_compile.tokenizer import o200k_base
 from gptoss_compile.trace import DTYPES, Geometry, trace_model
@@ -77,11 +80,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Compiled:
-    """One bucket's result: its plan, what the passes did, its final graph, and the machine code it needs."""
+    """One bucket's result: each rank's plan, what the passes did, the final graph by the first rank that has it, and the
+    machine code it needs."""
 
-    plan: LaunchPlan
+    plans: tuple[LaunchPlan, ...]
     records: tuple[Record, ...]
-    ir: str
+    irs: dict[int, str]
     files: tuple[tuple[str, bytes], ...]
 
 
@@ -100,13 +104,15 @@ def compile_checkpoint(checkpoint: Checkpoint, folder: Path | None, request: Req
                 report(i, len(job.buckets))
                 compiled.append(job.compile(bucket))
             report(len(job.buckets), len(job.buckets))
-        for each in compiled:
-            writer.write(f"plans/{each.plan.bucket}.json", each.plan.dumps().encode())
-            writer.write(f"ir/{each.plan.bucket}.py", each.ir.encode())
+        for bucket, each in zip(job.buckets, compiled, strict=True):
+            for plan in each.plans:
+                writer.write(plan_file(bucket, plan.rank), plan.dumps().encode())
+            for rank, text in each.irs.items():
+                writer.write(f"ir/{bucket.name}{rank_suffix(rank)}.py", text.encode())
         for name, data in sorted({name: data for each in compiled for name, data in each.files}.items()):
             writer.write(f"kernels/{name}", data)
         if request.target.is_gpu:
-            for name, data in _files_beside(request, [each.plan for each in compiled]):
+            for name, data in _files_beside(request, compiled):
                 writer.write(name, data)
         tokenizer, note = o200k_base(folder, config.vocab_size)
         if tokenizer is not None:
@@ -114,10 +120,11 @@ def compile_checkpoint(checkpoint: Checkpoint, folder: Path | None, request: Req
         writer.describe(
             target=request.target.name, config=config, buckets=job.buckets, page_size=PAGE_SIZE,
             max_context=job.geometry.max_context, window_ring=job.geometry.window_ring,
-            passes=[{"bucket": each.plan.bucket, **_log(r)} for each in compiled for r in each.records],
+            passes=[{"bucket": each.plans[0].bucket, **_log(r)} for each in compiled for r in each.records],
             tools=tool_versions(request.target), tokenizer_note=note)
         with progress("weights") as report:
-            add_weights(request.weights, checkpoint, [_recipes(checkpoint, compiled)], writer, report)
+            add_weights(request.weights, checkpoint, [_recipes(checkpoint, compiled, rank) for rank in range(request.ranks)],
+                        writer, report)
     return Artifact.open(output)
 
 
@@ -125,8 +132,7 @@ class Job:
     """What is common to the buckets of one compilation."""
 
     def __init__(self, config: ModelConfig, request: Request) -> None:
-        if request.ranks != 1:
-            raise CompileError(f"--tp {request.ranks}: sharding over several GPUs is not supported yet; compile with --tp 1")
+        _check_ranks(config, request)
         check_mode(request.weights)
         target = request.target
         self.config, self.request = config, request
@@ -139,24 +145,27 @@ class Job:
             raise CompileError("--buckets must name at least one decode and one extend bucket: a server needs both")
         self.geometry = Geometry.of(config, self.buckets, PAGE_SIZE, limit)
 
-    def context(self, bucket: Bucket) -> Context:
-        return Context(self.config, bucket, self.request.target, self.geometry, self.dtype, self.request.ranks)
-
     def compile(self, bucket: Bucket) -> Compiled:
-        """From the cache, or by tracing, passes, plan and machine code. Dumping and verifying always compile."""
+        """From the cache, or by tracing, passes, plans and machine code. Dumping (rank 0) and verifying always compile."""
         if self.request.verify:
-            verify(self.config, bucket, self.request.target)
+            verify(self.config, bucket, self.request.target, ranks=self.request.ranks)
         key = self._key(bucket)
         if self.request.dump_ir is None and (cached := _load(key)):
             return cached
-        ctx = self.context(bucket)
-        module = trace_model(self.config, bucket, self.geometry, self.dtype, self.request.ranks)
-        dumper = Dumper(self.request.dump_ir / bucket.name, ctx) if self.request.dump_ir else None
-        records = run_passes(module, ctx, options=self.request.options, observe=[dumper] if dumper else [])
-        plan, files = generate(module.graph, ctx)
+        whole = Context(self.config, bucket, self.request.target, self.geometry, self.dtype, self.request.ranks)
+        ranks, graphs, records = whole.of_ranks(), {}, {}
+        dumper = Dumper(self.request.dump_ir / bucket.name, ranks[0]) if self.request.dump_ir else None
+        for ctx in dict.fromkeys(ranks):
+            module = trace_model(ctx.config, bucket, self.geometry, self.dtype, ctx.ranks, rank=ctx.rank)
+            observers = [dumper] if dumper and ctx.rank == 0 else []
+            records[ctx] = run_passes(module, ctx, options=self.request.options, observe=observers)
+            graphs[ctx] = module.graph
+        made, files = generate(graphs, ranks)
+        plans = tuple(rank_plan(made[ctx], self.config, rank, ctx.ranks) for rank, ctx in enumerate(ranks))
         if dumper:
-            dumper.write("plan.txt", plan.dumps())
-        compiled = Compiled(plan, tuple(records), print_graph(module.graph, ctx, bucket.name), tuple(files))
+            dumper.write("plan.txt", plans[0].dumps())
+        irs = {ctx.rank: print_graph(graph, ctx, bucket.name) for ctx, graph in graphs.items()}
+        compiled = Compiled(plans, tuple(records[ranks[0]]), irs, tuple(files))
         _store(key, compiled)
         return compiled
 
@@ -168,15 +177,35 @@ class Job:
         return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
-def generate(graph: fx.Graph, ctx: Context) -> tuple[LaunchPlan, list[tuple[str, bytes]]]:
-    """The plan of a final graph and its machine code as (file name, bytes)."""
-    if not ctx.target.is_gpu:
-        from gptoss_compile.inductor import compile_graph
+def _check_ranks(config: ModelConfig, request: Request) -> None:
+    """Raises CompileError or ConfigError if the model cannot be compiled for so many ranks."""
+    if request.ranks < 1:
+        raise CompileError(f"--tp {request.ranks}: the number of GPUs must be at least 1")
+    rank_config(config, 0, request.ranks)
+    missing = [name for name in exchange.OPERATORS if all(spec.op != name for spec in SPECS)]
+    if request.ranks > 1 and request.target.is_gpu and missing:
+        raise CompileError(f"--tp {request.ranks}: there are no GPU kernels yet for what several ranks exchange "
+                           f"({', '.join(missing)}); compile with --tp 1, or for the cpu target")
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{ctx.bucket.name}.pt2"
-            compile_graph(graph, str(path))
-            return make_plan(graph, ctx), [(path.name, path.read_bytes())]
+
+Generated = tuple[dict[Context, LaunchPlan], list[tuple[str, bytes]]]
+
+
+def generate(graphs: Mapping[Context, fx.Graph], ranks: Sequence[Context]) -> Generated:
+    """The plans of final graphs, weights still whole, and the ranks' machine code as (file name, bytes)."""
+    if ranks[0].target.is_gpu:
+        each = {ctx: _generate_gpu(graph, ctx) for ctx, graph in graphs.items()}
+        files = {name: data for _, own in each.values() for name, data in own}
+        return {ctx: plan for ctx, (plan, _) in each.items()}, list(files.items())
+    from gptoss_compile.inductor import compile_graphs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{ranks[0].bucket.name}.pt2"
+        compile_graphs([graphs[ctx] for ctx in ranks], str(path))
+        return {ctx: make_plan(graph, ctx) for ctx, graph in graphs.items()}, [(path.name, path.read_bytes())]
+
+
+def _generate_gpu(graph: fx.Graph, ctx: Context) -> tuple[LaunchPlan, list[tuple[str, bytes]]]:
     from gptoss_compile.beside import serving_launches, with_serving
     from gptoss_compile.build import build_all, key_of
 
@@ -194,14 +223,15 @@ def generate(graph: fx.Graph, ctx: Context) -> tuple[LaunchPlan, list[tuple[str,
     return plan, files
 
 
-def _files_beside(request: Request, plans: Sequence[LaunchPlan]) -> list[tuple[str, bytes]]:
+def _files_beside(request: Request, compiled: Sequence[Compiled]) -> list[tuple[str, bytes]]:
     """The files that a GPU needs to fill its weights. Raises CompileError if buckets want a weight laid out in two ways."""
     from gptoss_compile.beside import layout_files, random_weights_files
 
-    for plan in plans:
-        if plan.layouts != plans[0].layouts:
-            raise CompileError(f"buckets {plans[0].bucket} and {plan.bucket} want weights laid out in different ways")
-    files = layout_files(plans, request.target)
+    first = compiled[0].plans
+    for plan in (plan for each in compiled for plan in each.plans):
+        if plan.layouts != first[plan.rank].layouts:
+            raise CompileError(f"buckets {first[0].bucket} and {plan.bucket} want weights laid out in different ways")
+    files = layout_files([plan for each in compiled for plan in each.plans], request.target)
     return files + (random_weights_files(request.target) if request.weights.startswith("random:") else [])
 
 
@@ -225,11 +255,11 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def _recipes(checkpoint: Checkpoint, compiled: Sequence[Compiled]) -> list[dict[str, Any]]:
-    """The weights of all plans, each once. On a target that computes wider than the checkpoint they are stored as they
-    are in it: the executor widens them, which is exact."""
-    weights: dict[str, Weight] = {w.name: w for each in compiled for w in each.plan.weights}
-    absorbed = {name for each in compiled for layout in each.plan.layouts.values() for name in layout.sources[1:]}
+def _recipes(checkpoint: Checkpoint, compiled: Sequence[Compiled], rank: int) -> list[dict[str, Any]]:
+    """The weights of all of a rank's plans, each once. On a target that computes wider than the checkpoint they are stored
+    as they are in it: the executor widens them, which is exact."""
+    weights: dict[str, Weight] = {w.name: w for each in compiled for w in each.plans[rank].weights}
+    absorbed = {name for each in compiled for layout in each.plans[rank].layouts.values() for name in layout.sources[1:]}
     recipes = []
     for weight in weights.values():
         recipe = weight.to_json()
@@ -256,28 +286,29 @@ def _load(key: str) -> Compiled | None:
     try:
         note = json.loads((folder / "note.json").read_bytes())
         files = tuple((name, (folder / name).read_bytes()) for name in note["files"])
-        plan, ir = (folder / "plan").read_bytes(), (folder / "ir").read_bytes()
+        texts = (folder / "texts").read_bytes()
     except (OSError, ValueError, KeyError):
         return None
-    if _checksum(plan, ir, files) != note["checksum"]:
+    if _checksum(texts, files) != note["checksum"]:
         return None
-    return Compiled(LaunchPlan.loads(plan.decode()), tuple(Record(**r) for r in note["records"]), ir.decode(), files)
+    plans, irs = json.loads(texts)
+    return Compiled(tuple(map(LaunchPlan.loads, plans)), tuple(Record(**r) for r in note["records"]),
+                    {int(rank): text for rank, text in irs.items()}, files)
 
 
 def _store(key: str, compiled: Compiled) -> None:
-    plan, ir = compiled.plan.dumps().encode(), compiled.ir.encode()
+    texts = json.dumps([[plan.dumps() for plan in compiled.plans], compiled.irs]).encode()
     note = {"files": [name for name, _ in compiled.files], "records": [asdict(r) for r in compiled.records],
-            "checksum": _checksum(plan, ir, compiled.files)}
+            "checksum": _checksum(texts, compiled.files)}
     with atomic_directory(_folder(key)) as folder:
         for name, data in compiled.files:
             (folder / name).write_bytes(data)
-        (folder / "plan").write_bytes(plan)
-        (folder / "ir").write_bytes(ir)
+        (folder / "texts").write_bytes(texts)
         (folder / "note.json").write_text(json.dumps(note))
 
 
-def _checksum(plan: bytes, ir: bytes, files: Iterable[tuple[str, bytes]]) -> str:
-    digest = hashlib.sha256(plan + b"\0" + ir)
+def _checksum(texts: bytes, files: Iterable[tuple[str, bytes]]) -> str:
+    digest = hashlib.sha256(texts)
     for name, data in files:
         digest.update(name.encode() + b"\0" + hashlib.sha256(data).digest())
     return digest.hexdigest()

@@ -12,15 +12,16 @@ Shape suffixes used throughout the project:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 _LIBRARY: Any = torch.library.Library("gptoss", "DEF")  # type: ignore[no-untyped-call]
 Function = Callable[..., Any]
+Exchange = Literal["sum", "concat"]
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,24 @@ class OpInfo:
 
     reference: the maths in PyTorch. updates: output index -> argument name for outputs that are a new version of an
     argument, which the planner may therefore overwrite in place.
+
+    exchange: for a collective, what it makes of its first argument before all else: the sum over the ranks, added in fp32
+    in rank order, or the ranks' tensors side by side along the last axis. The reference takes the result in the first
+    argument's place; with one rank it is that argument.
     """
 
     name: str
     reference: Function
     updates: dict[int, str]
     is_kernel: bool
+    exchange: Exchange | None = None
 
 
 OPS: dict[str, OpInfo] = {}
 
 
-def op(schema: str, *, fake: Function, updates: dict[int, str] | None = None,
-       is_kernel: bool = False) -> Callable[[Function], Function]:
+def op(schema: str, *, fake: Function, updates: dict[int, str] | None = None, is_kernel: bool = False,
+       exchange: Exchange | None = None) -> Callable[[Function], Function]:
     """Declare `gptoss::<schema>`; the decorated function is its reference.
 
     `fake` takes the same arguments and returns empty tensors of the result's shapes and dtypes.
@@ -52,15 +58,32 @@ def op(schema: str, *, fake: Function, updates: dict[int, str] | None = None,
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, reference, "CPU")
         torch.library.register_fake(f"gptoss::{name}", fake, lib=_LIBRARY)
-        OPS[name] = OpInfo(name, reference, updates or {}, is_kernel)
+        OPS[name] = OpInfo(name, reference, updates or {}, is_kernel, exchange)
         return reference
 
     return declare
 
 
-def kernel_op(schema: str, *, fake: Function, updates: dict[int, str] | None = None) -> Callable[[Function], Function]:
+def kernel_op(schema: str, *, fake: Function, updates: dict[int, str] | None = None,
+              exchange: Exchange | None = None) -> Callable[[Function], Function]:
     """Declare an operator that a KernelSpec implements; the decorated function is the kernel's twin."""
-    return op(schema, fake=fake, updates=updates, is_kernel=True)
+    return op(schema, fake=fake, updates=updates, is_kernel=True, exchange=exchange)
+
+
+def op_name(node: fx.Node) -> str:
+    """`norm_linear` for a call of gptoss::norm_linear; another operator's full name."""
+    namespace, _, name = str(node.target).removesuffix(".default").partition(".")
+    return name if namespace == "gptoss" else f"{namespace}::{name}"
+
+
+def exchanged(kind: Exchange, parts: Sequence[Tensor]) -> Tensor:
+    """What a collective makes of the ranks' tensors, given in rank order; the same bits on every rank."""
+    if kind == "concat":
+        return torch.cat(list(parts), -1)
+    total = parts[0].to(torch.float32)
+    for part in parts[1:]:
+        total = total + part.to(torch.float32)
+    return total.to(parts[0].dtype)
 
 
 def cache_rows(table_SP: Tensor, sequences_T: Tensor, positions_T: Tensor, page: int) -> tuple[Tensor, Tensor]:
@@ -116,9 +139,16 @@ def mxfp4_dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     return (table[nibbles.int()] * factor.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-@op("all_reduce(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x))
+@op("all_reduce(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x), exchange="sum")
 def all_reduce(x: Tensor) -> Tensor:
-    """The sum of x over the ranks, added in rank order. With one rank: x."""
+    """The sum of x over the ranks."""
+    return x.clone()
+
+
+@kernel_op("all_gather(Tensor x, int columns) -> Tensor",
+           fake=lambda x, columns: x.new_empty((*x.shape[:-1], columns)), exchange="concat")
+def all_gather(x: Tensor, columns: int) -> Tensor:
+    """The ranks' x side by side along the last axis, which so gets `columns` elements; ranks may hold unequal shares."""
     return x.clone()
 
 
@@ -190,8 +220,8 @@ def _allreduce_fake(partial: Tensor, residual: Tensor, weight: Tensor, eps: floa
 
 
 @op("allreduce_add_rms_norm(Tensor partial, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
-    fake=_allreduce_fake)
+    fake=_allreduce_fake, exchange="sum")
 def allreduce_add_rms_norm(partial: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(residual + sum of partial over the ranks, its RMSNorm): the exchange between a producer and the next norm."""
-    total = residual + torch.ops.gptoss.all_reduce(partial)
+    total = residual + partial
     return total, torch.ops.gptoss.rms_norm(total, weight, eps)

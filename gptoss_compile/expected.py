@@ -2,10 +2,10 @@
 
     python -m gptoss_compile.expected ARTIFACT -o DIR [--seed N]
 
-writes DIR/<bucket>.npz for every bucket: one step on random inputs and caches with the artifact's own weights. In it are
-`input.<name>`, `cache.<layer>` and its `.change` (the bits before and behind the step, xor), and
-`step.<number>.<output>` for every buffer that a step writes; bf16 as its bits, in uint16. `runtime.check` compares a GPU
-with it, on a machine that needs no PyTorch.
+writes DIR/<bucket>.npz for every bucket, and DIR/<bucket>.rank<N>.npz for every rank behind the first: one step on random
+inputs and caches with the artifact's own weights, all ranks in lockstep. In it are `input.<name>`, `cache.<layer>` and its
+`.change` (the bits before and behind the step, xor), and `step.<number>.<output>` for every buffer that a step writes; bf16
+as its bits, in uint16. `runtime.check` compares a GPU with it, on a machine that needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -20,41 +20,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptoss_compile.artifact import Artifact
+from gptoss_compile.artifact import Artifact, plan_file, rank_suffix
 from gptoss_compile.config import Bucket
-from gptoss_compile.interpreter import PlanInterpreter
+from gptoss_compile.interpreter import PlanInterpreter, run_ranks
 from gptoss_compile.launch_plan import LaunchPlan, Step
 from gptoss_compile.passes.base import Context
 from gptoss_compile.target import Target
-from gptoss_compile.testing import random_step
+from gptoss_compile.testing import random_step, shard
 from gptoss_compile.trace import DTYPES, Geometry
 
 Array = np.ndarray[Any, Any]
 
 
-def expected_step(artifact: Artifact, bucket: Bucket, weights: dict[str, Tensor], seed: int) -> dict[str, Array]:
-    """The arrays of one bucket's file. weights: see `tensors_of`."""
-    plan = LaunchPlan.loads(artifact.file(f"plans/{bucket.name}.json").read_text())
-    step = random_step(_context(artifact, bucket, plan), seed)
+def expected_step(artifact: Artifact, bucket: Bucket, weights: Sequence[dict[str, Tensor]],
+                  seed: int) -> list[dict[str, Array]]:
+    """The arrays of one bucket's files, one a rank. weights: see `tensors_of`."""
+    plans = [LaunchPlan.loads(artifact.file(plan_file(bucket, rank)).read_text()) for rank in range(artifact.ranks)]
+    whole = random_step(_context(artifact, bucket, plans[0]), seed)
     if bucket.kind == "decode" and bucket.tokens > 1:
-        step["positions"][-1] = -1  # a padding row
-    arrays = {name if name.startswith("cache.") else f"input.{name}": _array(value) for name, value in step.items()}
+        whole["positions"][-1] = -1  # a padding row
+    steps = [shard(whole, artifact.config, rank, artifact.ranks) for rank in range(artifact.ranks)]
+    arrays = [{name if name.startswith("cache.") else f"input.{name}": _array(value) for name, value in step.items()}
+              for step in steps]
 
-    def watch(number: int, done: Step, outputs: list[Tensor]) -> None:
+    def watch(rank: int, number: int, done: Step, outputs: list[Tensor]) -> None:
         for index, (operand, value) in enumerate(zip(done.outputs, outputs, strict=True)):
             if operand.place == "arena":
-                arrays[f"step.{number}.{index}"] = _array(value)
+                arrays[rank][f"step.{number}.{index}"] = _array(value)
 
-    widened = {w.name: weights[w.name].to(DTYPES[w.dtype]) for w in plan.weights}
-    PlanInterpreter(plan, {**step, **widened}).run(watch)
-    changes = {f"{name}.change": _bits(arrays[name]) ^ _bits(_array(value))
-               for name, value in step.items() if name.startswith("cache.")}
-    return arrays | changes
+    run_ranks([PlanInterpreter(plan, {**step, **{w.name: own[w.name].to(DTYPES[w.dtype]) for w in plan.weights}})
+               for plan, step, own in zip(plans, steps, weights, strict=True)], watch)
+    for step, known in zip(steps, arrays, strict=True):
+        known |= {f"{name}.change": _bits(known[name]) ^ _bits(_array(value))
+                  for name, value in step.items() if name.startswith("cache.")}
+    return arrays
 
 
-def tensors_of(artifact: Artifact) -> dict[str, Tensor]:
-    """The artifact's weights."""
-    return {name: _tensor(array) for name, array in artifact.open_weights()}
+def tensors_of(artifact: Artifact) -> list[dict[str, Tensor]]:
+    """Each rank's weights."""
+    return [{name: _tensor(array) for name, array in artifact.open_weights(rank)} for rank in range(artifact.ranks)]
 
 
 def _context(artifact: Artifact, bucket: Bucket, plan: LaunchPlan) -> Context:
@@ -95,10 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     weights = tensors_of(artifact)
     for bucket in artifact.buckets:
-        arrays = expected_step(artifact, bucket, weights, options.seed)
-        path = options.output / f"{bucket.name}.npz"
-        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
-        print(f"{path}: {len(arrays)} arrays, {path.stat().st_size / 2**20:.1f} MiB")
+        for rank, arrays in enumerate(expected_step(artifact, bucket, weights, options.seed)):
+            path = options.output / f"{bucket.name}{rank_suffix(rank)}.npz"
+            np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+            print(f"{path}: {len(arrays)} arrays, {path.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 

@@ -8,16 +8,25 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gptoss_compile.artifact import Artifact, ArtifactError
+from gptoss_compile.artifact import Artifact, ArtifactError, plan_file
 from gptoss_compile.launch_plan import LaunchPlan
+from gptoss_compile.sharding import rank_config, spans
 from gptoss_compile.target import Target
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+MEMORY = ("weights", "arena", "workspace", "kv_cache_per_page")
 
 
 def report(artifact: Artifact) -> dict[str, Any]:
-    """Everything that the command shows, as JSON values. Bytes and FLOPs are of one step; floors in microseconds."""
+    """Everything that the command shows, as JSON values. Bytes and FLOPs are of one step; floors in microseconds. With
+    several ranks all of it is rank 0's, but for `shares`."""
     manifest, target = artifact.manifest, Target.parse(artifact.target)
+    shares = [_share(artifact, rank) for rank in range(artifact.ranks)]
     plans = {b.name: LaunchPlan.loads(artifact.file(f"plans/{b.name}.json").read_text()) for b in artifact.buckets}
     first = plans[artifact.buckets[0].name]
     return {
@@ -25,14 +34,22 @@ def report(artifact: Artifact) -> dict[str, Any]:
         "page_size": artifact.page_size, "max_context": artifact.max_context, "weights": artifact.weights,
         "tokenizer": artifact.tokenizer_note, "tools": manifest["tools"], "digest": manifest["digest"],
         "passes": manifest["passes"],
-        "buckets": {name: _bucket(plan, target) for name, plan in plans.items()},
+        "buckets": {name: _bucket(plan, target) for name, plan in plans.items()}, "shares": shares,
         "memory": {
-            "weights": sum(_weight_bytes(r) for r in artifact.recipes()),
-            "arena": max(plan.arena_bytes for plan in plans.values()),
-            "workspace": max(plan.workspace_bytes for plan in plans.values()),
-            "kv_cache_per_page": sum(c.bytes // c.shape[0] for c in first.caches),
+            **{key: shares[0][key] for key in MEMORY},
             "machine_code": sum(f["bytes"] for rel, f in manifest["files"].items() if rel.startswith("kernels/"))},
         "files": manifest["files"]}
+
+
+def _share(artifact: Artifact, rank: int) -> dict[str, int]:
+    """What a rank computes, and the bytes that it holds."""
+    plans = [LaunchPlan.loads(artifact.file(plan_file(b, rank)).read_text()) for b in artifact.buckets]
+    config = rank_config(artifact.config, rank, artifact.ranks)
+    start, stop = spans(config.vocab_size, artifact.ranks)[rank]
+    return {"query_heads": config.num_heads, "kv_heads": config.num_kv_heads, "intermediate": config.intermediate,
+            "vocabulary": stop - start, "weights": sum(map(_weight_bytes, artifact.recipes(rank))),
+            "arena": max(plan.arena_bytes for plan in plans), "workspace": max(plan.workspace_bytes for plan in plans),
+            "kv_cache_per_page": sum(c.bytes // c.shape[0] for c in plans[0].caches)}
 
 
 def _bucket(plan: LaunchPlan, target: Target) -> dict[str, Any]:
@@ -90,9 +107,20 @@ def show(data: dict[str, Any]) -> None:
         table.add_row("all", "", str(bucket["steps"]), str(bucket["launches"]), _size(bucket["bytes"]),
                       f"{bucket['flops']:.3g}", f"{bucket['floor_us']:.1f} µs", style="bold")
         console.print(table)
+    if data["ranks"] > 1:
+        _show_shares(console, data["shares"])
     console.print("memory: " + ", ".join(f"{k.replace('_', ' ')} {_size(v)}" for k, v in data["memory"].items()))
     kinds = Counter(rel.split("/")[0] for rel in data["files"])
     console.print("files, all with their sha256 verified: " + ", ".join(f"{n} in {k}/" for k, n in sorted(kinds.items())))
+
+
+def _show_shares(console: Console, shares: Sequence[dict[str, int]]) -> None:
+    from rich.table import Table
+
+    table = Table("rank", *(key.replace("_", " ") for key in shares[0]), title="what each rank has")
+    for rank, share in enumerate(shares):
+        table.add_row(str(rank), *(_size(value) if key in MEMORY else str(value) for key, value in share.items()))
+    console.print(table)
 
 
 def _size(count: int) -> str:

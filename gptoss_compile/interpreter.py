@@ -3,35 +3,55 @@
 A plan runs as a GPU would run it: every intermediate in its place in the one arena, caches updated in place, and the
 bytes of a buffer filled with 0xFF (NaN in every float format used) as soon as the plan calls them dead. So a wrong
 lifetime, a wrong place or an operator that reads what it should not turns into NaN, on a machine without a GPU.
+
+Several ranks run in lockstep, each with its own arena, and exchange where an operator says so (`OpInfo.exchange`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from gptoss_compile.dialect import OPS
+from gptoss_compile.dialect import OPS, exchanged, op_name
 from gptoss_compile.kernels import registry  # noqa: F401  declares the kernel operators
-from gptoss_compile.launch_plan import LaunchPlan, Operand, Step, Value
+from gptoss_compile.launch_plan import LaunchPlan, Operand, Step
 from gptoss_compile.trace import DTYPES
 
 Tensors = Mapping[str, Tensor]
 Watch = Callable[[int, Step, list[Tensor]], None]
+RankWatch = Callable[[int, int, Step, list[Tensor]], None]
 
 
 def run_graph(graph: fx.Graph, tensors: Tensors) -> tuple[Tensor, ...]:
     """(logits, new caches...) of any stage's graph. `tensors` holds inputs, caches and weights by their role's name."""
-    values = {n: tensors[n.meta["role"].name] for n in graph.nodes if n.op == "placeholder"}
-    for node in graph.nodes:
-        if node.op == "call_function":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **_on_cpu(kwargs))
-        elif node.op == "output":
-            return tuple(values[n] for n in node.args[0])
-    raise AssertionError("a graph ends in an output node")
+    return run_graphs([graph], [tensors])[0]
+
+
+def run_graphs(graphs: Sequence[fx.Graph], tensors: Sequence[Tensors]) -> list[tuple[Tensor, ...]]:
+    """The same of all ranks, in lockstep. The ranks' graphs make the same calls, if of other shapes."""
+    values = [{n: each[n.meta["role"].name] for n in graph.nodes if n.op == "placeholder"}
+              for graph, each in zip(graphs, tensors, strict=True)]
+    calls = [[n for n in graph.nodes if n.op == "call_function"] for graph in graphs]
+    for nodes in zip(*calls, strict=True):
+        call_ranks(nodes, values, nodes[0].target)
+    returned: list[Any] = [next(n for n in graph.nodes if n.op == "output").args[0] for graph in graphs]
+    return [tuple(known[n] for n in nodes) for known, nodes in zip(values, returned, strict=True)]
+
+
+def call_ranks(nodes: Sequence[fx.Node], values: Sequence[dict[fx.Node, Any]], function: Any) -> None:
+    """One call, of `function`, on every rank: adds the ranks' results to the values that they know."""
+    assert len({node.target for node in nodes}) == 1, f"ranks differ in %{nodes[0].name}"
+    arguments: list[Any] = [fx.map_arg((node.args, _on_cpu(dict(node.kwargs))), known.__getitem__)
+                            for node, known in zip(nodes, values, strict=True)]
+    info = OPS.get(op_name(nodes[0]))
+    if info and info.exchange:
+        shared = exchanged(info.exchange, [args[0] for args, _ in arguments])
+        arguments = [((shared, *args[1:]), kwargs) for args, kwargs in arguments]
+    for node, known, (args, kwargs) in zip(nodes, values, arguments, strict=True):
+        known[node] = function(*args, **kwargs)
 
 
 def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -39,9 +59,9 @@ def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class PlanInterpreter:
-    """One rank's memory and the means to run its plan's steps one by one.
+    """One rank's memory, and how its plan's steps run in it one by one.
 
-    tensors: inputs, caches (updated in place) and weights by name. watch(i, step, outputs) is called behind each step.
+    tensors: inputs, caches (updated in place) and weights by name.
     """
 
     def __init__(self, plan: LaunchPlan, tensors: Tensors) -> None:
@@ -58,9 +78,13 @@ class PlanInterpreter:
         start = int(operand.key)
         return self.arena[start : start + count * dtype.itemsize].view(dtype).view(operand.shape)
 
-    def step(self, step: Step) -> list[Tensor]:
+    def operands(self, step: Step) -> dict[str, Any]:
+        """A step's arguments, tensors as views of their places."""
+        return {name: self.view(v) if isinstance(v, Operand) else v for name, v in step.operands.items()}
+
+    def step(self, step: Step, operands: Mapping[str, Any]) -> list[Tensor]:
         """Run one step in the arena; returns views of its outputs."""
-        results = OPS[step.op].reference(**{name: self._value(v) for name, v in step.operands.items()})
+        results = OPS[step.op].reference(**operands)
         views = [self.view(o) for o in step.outputs]
         for view, result in zip(views, results if isinstance(results, tuple) else (results,), strict=True):
             assert view.shape == result.shape and view.dtype == result.dtype, (step.op, view.shape, result.shape)
@@ -71,14 +95,26 @@ class PlanInterpreter:
         for start, end in step.frees:
             self.arena[start:end] = 0xFF
 
-    def _value(self, value: Value) -> Any:
-        return self.view(value) if isinstance(value, Operand) else value
-
     def run(self, watch: Watch | None = None) -> Tensor:
-        """The logits [R, V], a copy; the caches are updated in place."""
-        for i, step in enumerate(self.plan.steps):
-            outputs = self.step(step)
+        """The logits [R, V] of the only rank, a copy; the caches are updated in place. See `run_ranks`."""
+        return run_ranks([self], watch and (lambda rank, *event: watch(*event)))[0]
+
+
+def run_ranks(ranks: Sequence[PlanInterpreter], watch: RankWatch | None = None) -> list[Tensor]:
+    """Run the ranks' plans in lockstep: every rank does its n-th step before any does the next.
+
+    watch(rank, n, step, outputs) is called behind each. Returns each rank's logits, copies.
+    """
+    for number, steps in enumerate(zip(*(rank.plan.steps for rank in ranks), strict=True)):
+        assert len({step.op for step in steps}) == 1, f"step {number} differs from rank to rank"
+        operands = [rank.operands(step) for rank, step in zip(ranks, steps, strict=True)]
+        if kind := OPS[steps[0].op].exchange:
+            first = next(iter(steps[0].operands))
+            shared = exchanged(kind, [each[first] for each in operands])
+            operands = [{**each, first: shared} for each in operands]
+        for i, (rank, step) in enumerate(zip(ranks, steps, strict=True)):
+            outputs = rank.step(step, operands[i])
             if watch:
-                watch(i, step, outputs)
-            self.free(step)
-        return self.view(self.plan.logits).clone()
+                watch(i, number, step, outputs)
+            rank.free(step)
+    return [rank.view(rank.plan.logits).clone() for rank in ranks]

@@ -77,7 +77,7 @@ def load(path: Path) -> tuple[Callable[..., Any], Context, list[tuple[str, Role,
         exec(compile(path.read_text(), str(path), "exec"), scope)
         data = scope["CONTEXT"]
         ctx = Context(ModelConfig.from_json(data["config"]), Bucket(**data["bucket"]), Target.parse(data["target"]),
-                      Geometry(**data["geometry"]), DTYPES[data["dtype"]], data["ranks"])
+                      Geometry(**data["geometry"]), DTYPES[data["dtype"]], data["ranks"], rank=data["rank"])
         parameters = []
         for name, kind, role, dtype, shape, parts in scope["PARAMETERS"]:
             values = tuple(ctx.config.rope_inverse_frequencies()) if role == "rope.weight" else ()
@@ -121,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _context(ctx: Context) -> str:
     return json.dumps({"config": ctx.config.to_json(), "bucket": asdict(ctx.bucket), "target": ctx.target.name,
-                       "geometry": asdict(ctx.geometry), "dtype": DTYPE_NAMES[ctx.dtype], "ranks": ctx.ranks})
+                       "geometry": asdict(ctx.geometry), "dtype": DTYPE_NAMES[ctx.dtype], "ranks": ctx.ranks,
+                       "rank": ctx.rank})
 
 
 def _parts(node: fx.Node) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """GPT-OSS in plain PyTorch, one step over flat tokens: what gets traced.
 
 Written to be read beside OpenAI's reference (gpt_oss/torch/model.py). Everything PyTorch can say is said in tensor
-operations; only the paged cache, packed MXFP4 weights and the sum over ranks are `gptoss::` operators. The passes raise
+operations; only the paged cache, packed MXFP4 weights and what ranks exchange are `gptoss::` operators. The passes raise
 the idioms below (RMSNorm, RoPE, router, SwiGLU, attention with sinks) back to operators, fuse and lower them.
 
 Shape suffixes: see `gptoss_compile.dialect`.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gptoss_compile import dialect  # noqa: F401  registers the gptoss:: operators
 from gptoss_compile.config import SWIGLU_ALPHA, ModelConfig
+from gptoss_compile.sharding import spans
 
 ops = torch.ops.gptoss
 
@@ -135,16 +136,18 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """One step of a bucket. Inputs are those of the runtime's step (see `trace.step_inputs`), then one cache a layer.
 
+    With several ranks, as one of them runs it: config is the rank's (see `sharding`), and lm_head has its rows alone.
     Returns (logits [R, V] fp32, new caches...).
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, ranks: int = 1, rank: int = 0) -> None:
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.ranks = config, dtype, ranks
         self.embed = _Vector((config.vocab_size, config.hidden), dtype)
         self.layers = nn.ModuleList(Layer(config, i, dtype, ranks) for i in range(config.num_layers))
         self.norm = _Vector((config.hidden,), dtype)
-        self.lm_head = _Vector((config.vocab_size, config.hidden), dtype)
+        first, last = spans(config.vocab_size, ranks)[rank]
+        self.lm_head = _Vector((last - first, config.hidden), dtype)
         self.rope = _Vector((config.head_dim // 2,), torch.float32)
 
     def forward(self, tokens: Tensor, positions: Tensor, sequences: Tensor, full_table: Tensor, window_table: Tensor,
@@ -159,8 +162,10 @@ class Model(nn.Module):
         normed = rms_norm(x_TH, self.norm.weight, self.config.rms_eps)
         if rows is not None:
             normed = normed[rows.long()]
-        logits = F.linear(normed, self.lm_head.weight)
-        return (logits.to(torch.float32), *written)
+        logits = F.linear(normed, self.lm_head.weight).to(torch.float32)
+        if self.ranks > 1:
+            logits = ops.all_gather(logits, self.config.vocab_size)
+        return (logits, *written)
 
 
 def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -24,7 +24,7 @@ from gptoss_compile.checkpoint import Checkpoint, CheckpointError
 from gptoss_compile.logical import row_slices
 from gptoss_compile.paths import Progress, atomic_directory, hash_files
 from gptoss_compile.safetensors_io import DTYPES, encode_header, item_bytes
-from gptoss_compile.weights import constant
+from gptoss_compile.weights import constant, cut_rows, parts_of
 
 SHARD_BYTES = 2 << 30
 _LAYOUT = 1  # of packs; part of their key
@@ -157,13 +157,14 @@ def _write_shard(path: Path, checkpoint: Checkpoint, recipes: Sequence[Recipe], 
 
 
 def _write_weight(file: BinaryIO, checkpoint: Checkpoint, recipe: Recipe, meter: _Meter) -> None:
-    if "values" in recipe:
+    if "parts" not in recipe:
         meter.add(file.write(constant(recipe).tobytes()))
         return
-    for name in recipe["parts"]:
+    for name, cut in parts_of(recipe):
         info = checkpoint.logical[name]
-        for start, stop in row_slices(info.shape, item_bytes(DTYPES[info.dtype])):
-            rows = _convert(checkpoint.read_rows(name, start, stop), recipe["dtype"], name)
+        first, last, inner = cut_rows(info.shape, cut)
+        for start, stop in row_slices((last - first, *info.shape[1:]), item_bytes(DTYPES[info.dtype])):
+            rows = _convert(checkpoint.read_rows(name, first + start, first + stop)[inner], recipe["dtype"], name)
             if "largest" in recipe:
                 _require_at_most(recipe["largest"], rows, name)
             data = memoryview(rows.contiguous().view(torch.uint8).numpy().data).cast("B")

@@ -54,13 +54,13 @@ PASSES: tuple[Pass, ...] = (
     MERGE_QKV,
     FUSE_ROPE_KV,
     LOWER_EMBEDDING,
-    FUSE_NORM_LINEAR,
     LOWER_ATTENTION_SINKS,
-    FUSE_RESIDUAL,
+    FUSE_NORM_LINEAR,
     LOWER_ROUTER,
+    LOWER_HEAD,  # the three in which an exchange ends come before the two in which it begins, for its dtype
+    FUSE_RESIDUAL,
     LOWER_MOE,
     FUSE_PAD_QUANT,
-    LOWER_HEAD,
     # choose kernels and say how they are launched
     SELECT_KERNELS,
     PLACE_PDL,
@@ -153,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--config", type=Path, help="a config.json alone; no weights are needed")
     command.add_argument("--target", default="cpu")
     command.add_argument("--bucket", type=parse_buckets, metavar="decode:8", help="(default: all of the target's)")
+    command.add_argument("--tp", type=int, default=1, metavar="N", help="ranks")
     command.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for bucket in options.bucket or default_buckets(target):
-        culprit = bisect(config, bucket, target, seed=options.seed)
+        culprit = bisect(config, bucket, target, ranks=options.tp, seed=options.seed)
         print(f"{bucket.name}: {culprit or 'every pass keeps its exactness'}")
         if culprit:
             return 1

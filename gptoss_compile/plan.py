@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx
 
-from gptoss_compile.dialect import OPS
+from gptoss_compile.dialect import OPS, op_name
 from gptoss_compile.kernels.layouts import layout_sources
 from gptoss_compile.kernels.registry import SPECS
 from gptoss_compile.kernels.spec import KernelSpec, Launch, TensorSpec
@@ -18,12 +18,6 @@ from gptoss_compile.memory import Lifetime, align, assign
 from gptoss_compile.passes.base import Context
 from gptoss_compile.target import Target
 from gptoss_compile.trace import DTYPE_NAMES, Role
-
-
-def op_name(node: fx.Node) -> str:
-    """`norm_linear` for a call of gptoss::norm_linear; another operator's full name."""
-    namespace, _, name = str(node.target).removesuffix(".default").partition(".")
-    return name if namespace == "gptoss" else f"{namespace}::{name}"
 
 
 def node_operands(node: fx.Node) -> dict[str, Any]:
@@ -45,8 +39,9 @@ def _spec(value: Tensor) -> TensorSpec:
 BinaryOf = Callable[[Launch], str]
 
 
-def make_plan(graph: fx.Graph, ctx: Context, *, rank: int = 0, binary_of: BinaryOf | None = None) -> LaunchPlan:
-    """The launch plan of a graph that holds kernel operators only.
+def make_plan(graph: fx.Graph, ctx: Context, *, binary_of: BinaryOf | None = None) -> LaunchPlan:
+    """The launch plan of a graph that holds kernel operators only. With several ranks its weights are still whole ones, see
+    `sharding.rank_plan`.
 
     binary_of names the machine code of a launch; without it (the `cpu` target) steps have no launches.
     """
@@ -103,7 +98,7 @@ def make_plan(graph: fx.Graph, ctx: Context, *, rank: int = 0, binary_of: Binary
     roles = [(n, n.meta["role"]) for n in graph.nodes if n.op == "placeholder"]
     external = {kind: tuple(_external(n, role) for n, role in roles if role.kind == kind) for kind in ("input", "cache")}
     weights = tuple(role.weight for n, role in roles if role.kind == "weight" and n.users)
-    return LaunchPlan(ctx.bucket.name, ctx.target.name, DTYPE_NAMES[ctx.dtype], rank, ctx.ranks, arena, workspace,
+    return LaunchPlan(ctx.bucket.name, ctx.target.name, DTYPE_NAMES[ctx.dtype], ctx.rank, ctx.ranks, arena, workspace,
                       external["input"], external["cache"], weights, _layouts(nodes) if binary_of else {}, tuple(steps),
                       cast(Operand, _place(returned[0], places)))
 
@@ -129,10 +124,13 @@ def kernel_launches(node: fx.Node, ctx: Context) -> tuple[Launch, ...]:
 
 def _cost(node: fx.Node, launches: tuple[Launch, ...]) -> tuple[int, int]:
     """(bytes that must move, operations) of a step. Without launches, those that the operator's kernel would have: both
-    follow from the shapes."""
+    follow from the shapes. An operator that has no kernel counts its operands and outputs."""
     if not launches:
         operands, target = tensor_operands(node_operands(node)), Target.parse("sm90")
-        kernel = next(s for s in SPECS if s.op == op_name(node) and s.supports(target, operands))
+        kernel = next((s for s in SPECS if s.op == op_name(node) and s.supports(target, operands)), None)
+        if kernel is None:
+            read = sum(value.bytes for value in operands.values() if isinstance(value, TensorSpec))
+            return read + sum(map(_bytes, _outputs(node))), 0
         launches = kernel.instantiate(target, operands)
     return sum(x.moved for x in launches), sum(x.flops for x in launches)
 

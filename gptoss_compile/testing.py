@@ -19,31 +19,35 @@ from torch import Tensor, fx
 
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.interpreter import run_graph
-from gptoss_compile.launch_plan import Weight
+from gptoss_compile.launch_plan import Cut, Weight
+from gptoss_compile.logical import logical_tensors
 from gptoss_compile.match import simplify
 from gptoss_compile.passes.base import Context, Exactness, Pass
+from gptoss_compile.sharding import cut_of, is_zero, kv_span
 from gptoss_compile.target import Target
 from gptoss_compile.trace import DTYPE_NAMES, Geometry, Role, cache_shapes, trace_function
 
 TOLERANCE: dict[Exactness, float] = {"bitwise": 0.0, "ulp": 2e-6, "rtol": 2e-5}  # of ‖difference‖ / ‖before‖, in fp32
 
 
-def tiny(config: ModelConfig) -> ModelConfig:
-    """Two layers with the given model's traits (head grouping, expert format, window kinds) at a size for any CPU."""
-    hidden = 64 if config.expert_format == "mxfp4" else 48
-    heads = 2 * config.heads_per_kv
+def tiny(config: ModelConfig, ranks: int = 1) -> ModelConfig:
+    """Two layers with the given model's traits (head grouping, expert format, window kinds) at a size for any CPU. Several
+    ranks get unequal shares of it."""
+    hidden, unit = (64, 32) if config.expert_format == "mxfp4" else (48, 1)
+    kv_heads = max(2, ranks)
     return dataclasses.replace(
-        config, num_layers=2, hidden=hidden, intermediate=hidden, num_heads=heads, num_kv_heads=2,
-        head_dim=min(config.head_dim, 16), num_experts=max(8, config.experts_per_token), vocab_size=256,
-        sliding_window=8, windowed=(True, False), rope_original_context=16, max_position=256, eos_ids=(0,))
+        config, num_layers=2, hidden=hidden, intermediate=hidden if ranks == 1 else (ranks + 1) * unit,
+        num_heads=kv_heads * config.heads_per_kv, num_kv_heads=kv_heads, head_dim=min(config.head_dim, 16),
+        num_experts=max(8, config.experts_per_token), vocab_size=256 if ranks == 1 else 257, sliding_window=8,
+        windowed=(True, False), rope_original_context=16, max_position=256, eos_ids=(0,))
 
 
-def tiny_context(config: ModelConfig, bucket: Bucket, target: Target) -> Context:
-    """A context of the small model, in fp32, for a bucket of the same kind; wide enough to run its passes for real."""
-    small = tiny(config)
+def tiny_context(config: ModelConfig, bucket: Bucket, target: Target, ranks: int = 1) -> Context:
+    """A context of the whole small model, in fp32, for a bucket of the same kind; wide enough to run its passes for real."""
+    small = tiny(config, ranks)
     mini = Bucket.decode(3) if bucket.kind == "decode" else Bucket.extend(24, 3)
     geometry = dataclasses.replace(Geometry.of(small, [mini], 4, 64), pages=64, window_pages=64)
-    return Context(small, mini, target, geometry, torch.float32)
+    return Context(small, mini, target, geometry, torch.float32, ranks)
 
 
 def random_weight(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -123,6 +127,32 @@ def random_tensors(graph: fx.Graph, ctx: Context, seed: int) -> dict[str, Tensor
     """A value for every placeholder of a traced graph, by the name of its role."""
     return parameter_values(ctx, [(n.meta["role"], tuple(n.meta["val"].shape), n.meta["val"].dtype)
                                   for n in graph.find_nodes(op="placeholder")], seed)
+
+
+def rank_tensors(ctx: Context, seed: int) -> list[dict[str, Tensor]]:
+    """A value for every placeholder of each rank's traced graph: its part of what the whole model's, ctx's, would be."""
+    weights: dict[str, Tensor] = {"rope.weight": torch.tensor(ctx.config.rope_inverse_frequencies())}
+    for name, info in logical_tensors(ctx.config).items():
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+        weights[name] = random_weight(info.shape, torch.uint8 if info.dtype == "u8" else ctx.dtype, generator)
+    return [shard({**random_step(ctx, seed), **weights}, ctx.config, rank, ctx.ranks) for rank in range(ctx.ranks)]
+
+
+def shard(tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, ranks: int) -> dict[str, Tensor]:
+    """A rank's part of inputs, caches and logical weights. The inputs are shared; all else is the rank's own.
+
+    config: of the whole model.
+    """
+    parts = {}
+    for name, value in tensors.items():
+        if name.startswith("cache."):
+            cut: Cut | None = Cut(2, *kv_span(config, rank, ranks))
+        else:
+            cut = cut_of(name, config, rank, ranks)
+        if is_zero(name, rank):
+            value = torch.zeros_like(value)
+        parts[name] = value.narrow(cut.axis, cut.start, cut.stop - cut.start).clone() if cut else value
+    return parts
 
 
 def with_merged(tensors: Mapping[str, Tensor], graph: fx.Graph) -> dict[str, Tensor]:

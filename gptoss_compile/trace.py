@@ -76,10 +76,13 @@ def cache_shapes(config: ModelConfig, geometry: Geometry) -> list[tuple[int, ...
 
 
 def trace_model(config: ModelConfig, bucket: Bucket, geometry: Geometry, dtype: torch.dtype,
-                ranks: int = 1, model: type[Model] = Model) -> fx.GraphModule:
-    """The graph of one step. Placeholders: weights, then inputs, then caches; output: logits, then new caches."""
+                ranks: int = 1, model: type[Model] = Model, rank: int = 0) -> fx.GraphModule:
+    """The graph of one step. Placeholders: weights, then inputs, then caches; output: logits, then new caches.
+
+    With several ranks: of one rank's step, and config is the rank's.
+    """
     with torch.device("meta"):
-        module = model(config, dtype, ranks)
+        module = model(config, dtype, ranks, rank)
         inputs = {name: torch.empty(shape, dtype=torch.int32) for name, shape in step_inputs(bucket, geometry).items()}
         caches = [torch.empty(shape, dtype=dtype) for shape in cache_shapes(config, geometry)]
     args = (*inputs.values(), *([] if "rows" in inputs else [None]), caches)

@@ -1,4 +1,6 @@
-"""Does every pass keep the graph's results? Each is run on a two-layer random model and compared before and after."""
+"""Does every pass keep the graph's results? Each is run on a two-layer random model and compared before and after.
+
+With several ranks on all of their graphs, which run in lockstep; their shares of the model are unequal."""
 
 from __future__ import annotations
 
@@ -8,10 +10,11 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from gptoss_compile.config import Bucket, ModelConfig
+from gptoss_compile.interpreter import run_graphs
 from gptoss_compile.passes.base import Context, Pass
 from gptoss_compile.pipeline import PASSES
 from gptoss_compile.target import Target
-from gptoss_compile.testing import TOLERANCE, difference, random_tensors, run, tiny_context
+from gptoss_compile.testing import TOLERANCE, difference, rank_tensors, tiny_context, with_merged
 from gptoss_compile.trace import trace_model
 
 
@@ -47,10 +50,10 @@ class Culprit:
                 f"the first match to do so is number {self.match} of {self.total}")
 
 
-def verify(config: ModelConfig, bucket: Bucket, target: Target, *, passes: Sequence[Pass] = PASSES, seed: int = 0,
-           report: Callable[[Verdict], None] = lambda verdict: None) -> list[Verdict]:
+def verify(config: ModelConfig, bucket: Bucket, target: Target, *, ranks: int = 1, passes: Sequence[Pass] = PASSES,
+           seed: int = 0, report: Callable[[Verdict], None] = lambda verdict: None) -> list[Verdict]:
     """Run every pass on the small model and compare. Raises VerifyError at the first that does not hold."""
-    ctx = tiny_context(config, bucket, target)
+    ctx = tiny_context(config, bucket, target, ranks)
     verdicts = []
     for verdict in _walk(ctx, passes, seed):
         report(verdict)
@@ -62,10 +65,10 @@ def verify(config: ModelConfig, bucket: Bucket, target: Target, *, passes: Seque
     return verdicts
 
 
-def bisect(config: ModelConfig, bucket: Bucket, target: Target, *, passes: Sequence[Pass] = PASSES,
+def bisect(config: ModelConfig, bucket: Bucket, target: Target, *, ranks: int = 1, passes: Sequence[Pass] = PASSES,
            seed: int = 0) -> Culprit | None:
     """The first pass, then its first match, that breaks the declared exactness; None if all hold."""
-    ctx = tiny_context(config, bucket, target)
+    ctx = tiny_context(config, bucket, target, ranks)
     for index, verdict in enumerate(_walk(ctx, passes, seed)):
         if verdict.holds:
             continue
@@ -80,13 +83,16 @@ def bisect(config: ModelConfig, bucket: Bucket, target: Target, *, passes: Seque
 
 def _walk(ctx: Context, passes: Sequence[Pass], seed: int, limit: int | None = None) -> list[Verdict]:
     """Verdicts up to and including the first that does not hold; `limit` applies to the last pass given."""
-    module = trace_model(ctx.config, ctx.bucket, ctx.geometry, ctx.dtype, ctx.ranks)
-    tensors = random_tensors(module.graph, ctx, seed)
+    ranks, tensors = ctx.of_ranks(), rank_tensors(ctx, seed)
+    traced = {c: trace_model(c.config, c.bucket, c.geometry, c.dtype, c.ranks, rank=c.rank).graph
+              for c in dict.fromkeys(ranks)}
+    graphs = [traced[c] for c in ranks]
     verdicts: list[Verdict] = []
-    before = _results(module.graph, tensors, ctx)
+    before = _results(graphs, tensors)
     for each in passes:
-        result = each.run(module.graph, ctx.limited(limit if each is passes[-1] else None))
-        after = _results(module.graph, tensors, ctx)
+        only = limit if each is passes[-1] else None
+        result, *_ = [each.run(graph, c.limited(only)) for c, graph in traced.items()]
+        after = _results(graphs, tensors)
         verdicts.append(Verdict(each.name, result.matches, difference(before, after), TOLERANCE[each.exactness]))
         if not verdicts[-1].holds:
             break
@@ -94,7 +100,7 @@ def _walk(ctx: Context, passes: Sequence[Pass], seed: int, limit: int | None = N
     return verdicts
 
 
-def _results(graph: fx.Graph, tensors: dict[str, Tensor], ctx: Context) -> tuple[Tensor, ...]:
-    """Logits and caches, without the null page, whose contents nobody may rely on."""
-    logits, *caches = run(graph, tensors)
-    return (logits, *(cache[1:] for cache in caches))
+def _results(graphs: Sequence[fx.Graph], tensors: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """The ranks' logits and caches, without the null page, whose contents nobody may rely on."""
+    outputs = run_graphs(graphs, [with_merged(own, graph) for own, graph in zip(tensors, graphs, strict=True)])
+    return [value for logits, *caches in outputs for value in (logits, *(cache[1:] for cache in caches))]

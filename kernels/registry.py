@@ -5,6 +5,7 @@ from __future__ import annotations
 from gptoss_compile.kernels import (
     attention,
     embed,
+    exchange,  # noqa: F401  operators alone, no kernels yet
     generate,
     moe,
     moe_grouped,

@@ -13,6 +13,7 @@ from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.launch_plan import Weight
 from gptoss_compile.match import NearMiss, Pattern, erase_dead, search
 from gptoss_compile.match import replace as replace_match
+from gptoss_compile.sharding import rank_config, spans
 from gptoss_compile.target import Target
 from gptoss_compile.trace import Geometry, Role, cache_shapes
 
@@ -23,7 +24,8 @@ Exactness = Literal["bitwise", "ulp", "rtol"]
 class Context:
     """What a pass may know: the model, the step's shape, the target; never a device.
 
-    limit: rewrite at most so many matches (for bisecting); None = all.
+    With several ranks a graph is one rank's, and so is config (see `sharding`). limit: rewrite at most so many matches (for
+    bisecting); None = all.
     """
 
     config: ModelConfig
@@ -33,6 +35,20 @@ class Context:
     dtype: torch.dtype
     ranks: int = 1
     limit: int | None = None
+    rank: int = 0
+
+    @property
+    def head_rows(self) -> int:
+        """The rank's rows of lm_head."""
+        start, stop = spans(self.config.vocab_size, self.ranks)[self.rank]
+        return stop - start
+
+    def of_ranks(self) -> list[Context]:
+        """The context of each rank, from one with the whole model's config. Ranks with equal shares have the first such
+        rank's, hence one graph. Raises ConfigError if the model cannot be shared."""
+        own = [replace(self, config=rank_config(self.config, rank, self.ranks), rank=rank) for rank in range(self.ranks)]
+        first: dict[tuple[ModelConfig, int], Context] = {}
+        return [first.setdefault((ctx.config, ctx.head_rows), ctx) for ctx in own]
 
     def limited(self, limit: int | None) -> Context:
         return replace(self, limit=limit)

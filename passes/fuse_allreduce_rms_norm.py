@@ -1,7 +1,7 @@
 """Sum over ranks + residual + RMSNorm -> gptoss::allreduce_add_rms_norm: with several ranks two a layer, else none.
 
-The planner splits the fused operator over its producer (which pushes its partial sums) and its consumer (which polls
-them, adds the residual and normalises), so that no kernel of its own stands between them.
+The passes behind split the fused operator over its producer (which pushes its partial sums) and its consumer (which polls
+them, adds the residual and normalises), so that no kernel of its own stands between them; see `kernels/exchange.py`.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ ops = torch.ops.gptoss
 
 def applies(ctx: Context) -> bool:
     return (ctx.target.has("block_scaled_mma") and is_grouped(ctx) and ctx.config.expert_format == "mxfp4"
-            and ctx.dtype == torch.bfloat16)
+            and ctx.dtype == torch.bfloat16 and ctx.ranks == 1)
 
 
 def run(graph: fx.Graph, ctx: Context) -> PassResult:

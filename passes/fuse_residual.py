@@ -1,4 +1,7 @@
-"""Projection + bias + residual -> gptoss::linear_residual (the attention's output projection of each layer)."""
+"""Projection + bias + residual -> gptoss::linear_residual (the attention's output projection of each layer).
+
+With several ranks the residual is added behind the exchange, and the projection is gptoss::linear_partial.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,12 @@ def run(graph: fx.Graph, ctx: Context) -> PassResult:
     def pattern(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
         return (residual + F.linear(x, weight, bias),)
 
-    examples = (ctx.example(tokens, c.hidden), ctx.example(tokens, c.q_size), ctx.example(c.hidden, c.q_size),
-                ctx.example(c.hidden))
-    return rewrite(graph, ctx, pattern, [examples],
+    projection = ctx.example(tokens, c.q_size), ctx.example(c.hidden, c.q_size), ctx.example(c.hidden)
+    if ctx.ranks > 1:
+        return rewrite(graph, ctx, lambda x, w, b: (F.linear(x, w, b),), [projection],
+                       lambda x, w, b: call(graph, torch.ops.gptoss.linear_partial.default, x, w, b))
+    return rewrite(graph, ctx, pattern, [(ctx.example(tokens, c.hidden), *projection)],
                    lambda r, x, w, b: call(graph, torch.ops.gptoss.linear_residual.default, x, w, b, r))
 
 
-FUSE_RESIDUAL = Pass("fuse_residual", run, lambda ctx: ctx.config.num_layers if ctx.ranks == 1 else 0, "rtol")
+FUSE_RESIDUAL = Pass("fuse_residual", run, lambda ctx: ctx.config.num_layers, "rtol")

@@ -1,8 +1,9 @@
 """RMSNorm + gate_up + SwiGLU + down + weighted sum + residual -> kernels of the mixture of experts.
 
 While tokens are few, each (token, expert) pair runs for itself (`moe_gate_up`, `moe_down`): pairs hardly ever share an
-expert, whose weights are read once a pair. With more tokens they do: `moe_grouped` sorts pairs by expert and runs each expert
-once over its own.
+expert, whose weights are read once a pair. With more tokens they do: `moe_grouped` sorts pairs by expert and runs each
+expert once over its own. With several ranks the residual is added behind the exchange, and what ends the mixture gives
+partial sums.
 """
 
 from __future__ import annotations
@@ -32,17 +33,19 @@ def run(graph: fx.Graph, ctx: Context) -> PassResult:
                 down_bias: Tensor, up_scales: Tensor | None = None, down_scales: Tensor | None = None) -> tuple[Tensor]:
         normed = ops.rms_norm(x, norm_weight, c.rms_eps).unsqueeze(1)
         hidden = ops.swiglu(ops.experts_linear(normed, ids, up, up_scales, up_bias), SWIGLU_ALPHA, limit).to(x.dtype)
-        mixed = (ops.experts_linear(hidden, ids, down, down_scales, down_bias) * probs.unsqueeze(-1)).sum(1)
-        return (x + mixed.to(x.dtype),)
+        mixed = (ops.experts_linear(hidden, ids, down, down_scales, down_bias) * probs.unsqueeze(-1)).sum(1).to(x.dtype)
+        return (x + mixed if ctx.ranks == 1 else mixed,)
 
     def build(x: fx.Node, norm: fx.Node, ids: fx.Node, probs: fx.Node, up: fx.Node, up_bias: fx.Node, down: fx.Node,
               down_bias: fx.Node, up_scales: fx.Node | None = None, down_scales: fx.Node | None = None) -> fx.Node:
         act = (c.rms_eps, SWIGLU_ALPHA, limit)
         if not is_grouped(ctx):
             h = call(graph, ops.moe_gate_up.default, x, norm, ids, up, up_scales, up_bias, *act)
-            return call(graph, ops.moe_down.default, h, ids, probs, down, down_scales, down_bias, x)
-        return call(graph, ops.moe_grouped.default, x, norm, ids, probs, up, up_scales, up_bias, down, down_scales,
-                    down_bias, *act)
+            mix = (h, ids, probs, down, down_scales, down_bias)
+            return call(graph, ops.moe_down.default, *mix, x) if ctx.ranks == 1 else call(
+                graph, ops.moe_down_partial.default, *mix)
+        grouped = ops.moe_grouped.default if ctx.ranks == 1 else ops.moe_grouped_partial.default
+        return call(graph, grouped, x, norm, ids, probs, up, up_scales, up_bias, down, down_scales, down_bias, *act)
 
     def experts(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
         shape = (c.num_experts, outputs, inputs // 32, 16) if mxfp4 else (c.num_experts, outputs, inputs)
@@ -56,4 +59,4 @@ def run(graph: fx.Graph, ctx: Context) -> PassResult:
     return rewrite(graph, ctx, pattern, [examples], build)
 
 
-LOWER_MOE = Pass("lower_moe", run, lambda ctx: ctx.config.num_layers if ctx.ranks == 1 else 0, "rtol")
+LOWER_MOE = Pass("lower_moe", run, lambda ctx: ctx.config.num_layers, "rtol")

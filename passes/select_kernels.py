@@ -10,11 +10,11 @@ import operator
 
 from torch import fx
 
-from gptoss_compile.dialect import OPS
+from gptoss_compile.dialect import OPS, op_name
 from gptoss_compile.kernels.registry import SPECS
 from gptoss_compile.match import NearMiss, describe
 from gptoss_compile.passes.base import Context, Pass, PassResult
-from gptoss_compile.plan import node_operands, op_name, tensor_operands
+from gptoss_compile.plan import node_operands, tensor_operands
 
 
 def calls(graph: fx.Graph) -> list[fx.Node]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_compile.artifact import Artifact, ArtifactError
+from gptoss_compile.artifact import Artifact, ArtifactError, plan_file
 from gptoss_compile.config import Bucket
 from gptoss_compile.launch_plan import LaunchPlan
 from gptoss_compile.runtime.executor import HostSteps
@@ -18,7 +18,8 @@ CACHE_BYTES = 4 << 30  # of memory for keys and values, unless --kv-pages says o
 
 
 class CpuExecutor(HostSteps):
-    """Weights, caches and one compiled step a bucket, all in this process. See `executor.Executor`."""
+    """Weights, caches and one compiled step a bucket, all in this process: of several ranks too, whose steps are compiled
+    into one. See `executor.Executor`."""
 
     def __init__(self, artifact: Artifact, num_pages: int, num_window_pages: int) -> None:
         import torch
@@ -27,17 +28,20 @@ class CpuExecutor(HostSteps):
         self.config, self.buckets = artifact.config, artifact.buckets
         self.page_size, self.max_context, self.window_ring = artifact.page_size, artifact.max_context, artifact.window_ring
         self.num_pages, self.num_window_pages = num_pages, num_window_pages
-        plans = {b: LaunchPlan.loads(artifact.file(f"plans/{b.name}.json").read_text()) for b in self.buckets}
         dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32, "u8": torch.uint8, "i32": torch.int32}
-        wanted = {w.name: dtypes[w.dtype] for plan in plans.values() for w in plan.weights}
-        weights = {name: _tensor(array).to(wanted[name]) for name, array in artifact.open_weights()}
-        caches = [torch.zeros(num_window_pages if windowed else num_pages, *cache.shape[1:], dtype=dtypes[cache.dtype])
-                  for windowed, cache in zip(self.config.windowed, plans[self.buckets[0]].caches, strict=True)]
+        fixed: dict[Bucket, list[Any]] = {b: [] for b in self.buckets}  # rank by rank: caches, then weights
+        for rank in range(artifact.ranks):
+            plans = {b: LaunchPlan.loads(artifact.file(plan_file(b, rank)).read_text()) for b in self.buckets}
+            wanted = {w.name: dtypes[w.dtype] for plan in plans.values() for w in plan.weights}
+            weights = {name: _tensor(array).to(wanted[name]) for name, array in artifact.open_weights(rank)}
+            caches = [torch.zeros(num_window_pages if windowed else num_pages, *cache.shape[1:], dtype=dtypes[cache.dtype])
+                      for windowed, cache in zip(self.config.windowed, plans[self.buckets[0]].caches, strict=True)]
+            for bucket, plan in plans.items():
+                fixed[bucket] += [*caches, *(weights[w.name] for w in plan.weights)]
         self._steps: dict[Bucket, tuple[Step, tuple[str, ...], list[Any]]] = {}
         for bucket, plan in plans.items():
             step = torch._inductor.aoti_load_package(str(artifact.file(f"kernels/{bucket.name}.pt2")))
-            inputs = tuple(str(operand.key) for operand in plan.inputs)
-            self._steps[bucket] = step, inputs, [*caches, *(weights[w.name] for w in plan.weights)]
+            self._steps[bucket] = step, tuple(str(operand.key) for operand in plan.inputs), fixed[bucket]
 
     @classmethod
     def load(cls, artifact: Artifact, *, num_pages: int | None, max_num_seqs: int) -> CpuExecutor:

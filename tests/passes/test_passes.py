@@ -227,6 +227,77 @@ def test_lower_moe(tokens: int) -> None:
         values={2: distinct_ids(tokens)})
 
 
+# ------------------------------------------------------------------------------------------------ several ranks
+
+TWO = dataclasses.replace(CTX, ranks=2)
+
+
+def test_fuse_norm_linear_behind_an_exchange() -> None:
+    def before(p: Tensor, r: Tensor, g: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        total, normed = ops.allreduce_add_rms_norm(p, r, g, EPS)
+        return F.linear(normed, w, b), total
+
+    def after(p: Tensor, r: Tensor, g: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        total, projected = ops.reduce_norm_linear(p, r, g, w, b, EPS)
+        return projected, total
+
+    check_rewrite(FUSE_NORM_LINEAR, TWO, before, after, [x, x, vector, CTX.example(sum(QKV), H), CTX.example(sum(QKV))])
+
+
+def test_lower_router_behind_an_exchange() -> None:
+    """The residual stream and its norm stay available: the experts need them."""
+    def before(p: Tensor, r: Tensor, g: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        total, normed = ops.allreduce_add_rms_norm(p, r, g, EPS)
+        return *ops.route(F.linear(normed, w, b), A), total, normed
+
+    def after(p: Tensor, r: Tensor, g: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        total, probs, ids = ops.reduce_norm_route(p, r, g, w, b, EPS, A)
+        return probs, ids, total, ops.rms_norm(total, g, EPS)
+
+    check_rewrite(LOWER_ROUTER, TWO, before, after, [x, x, vector, CTX.example(E, H), CTX.example(E)])
+
+
+@pytest.mark.parametrize("kind", ["decode", "extend"])
+def test_lower_head_behind_an_exchange(kind: str) -> None:
+    ctx = dataclasses.replace(context(kind), ranks=2)
+    tokens, head = ctx.example(ctx.bucket.tokens, H), ctx.example(ctx.head_rows, H)
+    rows = [] if kind == "decode" else [ints(ctx.bucket.rows)]
+
+    def before(p: Tensor, r: Tensor, g: Tensor, w: Tensor, *rows: Tensor) -> tuple[Tensor]:
+        normed = ops.allreduce_add_rms_norm(p, r, g, EPS)[1]
+        return (F.linear(normed[rows[0].long()] if rows else normed, w),)
+
+    def after(p: Tensor, r: Tensor, g: Tensor, w: Tensor, *rows: Tensor) -> tuple[Tensor]:
+        return (ops.reduce_norm_head(p, r, rows[0] if rows else None, g, w, EPS),)
+
+    assert ctx.head_rows == V // 2
+    check_rewrite(LOWER_HEAD, ctx, before, after, [tokens, tokens, vector, head, *rows])
+
+
+def test_fuse_residual_gives_partial_sums() -> None:
+    check_rewrite(FUSE_RESIDUAL, TWO, lambda x, w, b: (F.linear(x, w, b),), lambda x, w, b: (ops.linear_partial(x, w, b),),
+                  [CTX.example(T, QKV[0]), CTX.example(H, QKV[0]), vector])
+
+
+@pytest.mark.parametrize("tokens", [2, 24])
+def test_lower_moe_gives_partial_sums(tokens: int) -> None:
+    ctx = dataclasses.replace(TWO, bucket=Bucket.extend(tokens, 1))
+    limit, act = ctx.config.swiglu_limit, (EPS, SWIGLU_ALPHA, ctx.config.swiglu_limit)
+
+    def before(x: Tensor, g: Tensor, i: Tensor, p: Tensor, *w: Tensor) -> tuple[Tensor]:
+        h = ops.swiglu(ops.experts_linear(ops.rms_norm(x, g, EPS).unsqueeze(1), i, *w[:3]), SWIGLU_ALPHA, limit)
+        return ((ops.experts_linear(h, i, *w[3:]) * p.unsqueeze(-1)).sum(1),)
+
+    def after(x: Tensor, g: Tensor, i: Tensor, p: Tensor, *w: Tensor) -> tuple[Tensor]:
+        if tokens == 2:
+            return (ops.moe_down_partial(ops.moe_gate_up(x, g, i, *w[:3], *act), i, p, *w[3:]),)
+        return (ops.moe_grouped_partial(x, g, i, p, *w, *act),)
+
+    check_rewrite(LOWER_MOE, ctx, before, after, [
+        ctx.example(tokens, H), vector, ints(tokens, A), CTX.example(tokens, A), *experts(2 * I, H), *experts(H, I)],
+        values={2: distinct_ids(tokens)})
+
+
 @pytest.mark.parametrize("windowed", [True, False])
 def test_lower_attention_sinks(windowed: bool) -> None:
     ctx, scale = context("decode"), D**-0.5

@@ -27,7 +27,10 @@ def test_bad_buckets_are_named(text: str) -> None:
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["/no/such/folder"], "there is no folder /no/such/folder"),
-    (["{model}", "--weights", "random:1", "--tp", "2"], "--tp 2"),
+    (["{model}", "--weights", "random:1", "--tp", "2"],
+     "--tp 2: there are no GPU kernels yet for what several ranks exchange (linear_partial, moe_down_partial, "),
+    (["{model}", "--weights", "random:1", "--tp", "9"], "--tp 9: the model has 8 key/value heads, fewer than ranks"),
+    (["{model}", "--weights", "random:1", "--tp", "0"], "--tp 0: the number of GPUs must be at least 1"),
     (["{model}", "--weights", "rnd"], "holds no *.safetensors"),
     (["{model}", "--weights", "random:1", "--max-context", "999999999"], "--max-context 999999999 is not within 1 and"),
     (["{model}", "--weights", "random:1", "--buckets", "decode:1"], "at least one decode and one extend bucket"),

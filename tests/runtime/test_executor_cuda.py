@@ -76,7 +76,7 @@ def test_computes_what_the_interpreter_computes(executor: CudaExecutor, driver: 
                                                 bucket: Bucket) -> None:
     seed = int.from_bytes(os.urandom(3))
     print(f"seed {seed}")
-    expected = expected_step(artifact, bucket, tensors_of(artifact), seed)
+    expected, = expected_step(artifact, bucket, tensors_of(artifact), seed)
     expect(driver, executor, bucket, 7)
     report = check_bucket(executor, bucket, expected, replays=3)
     assert report.good, report.faults
@@ -86,7 +86,7 @@ def test_computes_what_the_interpreter_computes(executor: CudaExecutor, driver: 
 
 
 def test_a_wrong_buffer_is_found_where_it_is_made(executor: CudaExecutor, driver: FakeDriver, artifact: Artifact) -> None:
-    expected = expected_step(artifact, DECODE, tensors_of(artifact), 1)
+    expected, = expected_step(artifact, DECODE, tensors_of(artifact), 1)
     wrong = next(i for i, step in enumerate(executor.plans[DECODE].steps) if step.op == "linear_residual")
     expected[f"step.{wrong}.0"] = expected[f"step.{wrong}.0"].copy()
     expected[f"step.{wrong}.0"][0, 5] += 40  # of a bf16's last bits
@@ -97,7 +97,7 @@ def test_a_wrong_buffer_is_found_where_it_is_made(executor: CudaExecutor, driver
 
 
 def step_inputs(artifact: Artifact, bucket: Bucket, seed: int) -> dict[str, Any]:
-    expected = expected_step(artifact, bucket, tensors_of(artifact), seed)
+    expected, = expected_step(artifact, bucket, tensors_of(artifact), seed)
     return {name.removeprefix("input."): a.copy() for name, a in expected.items() if name.startswith("input.")}
 
 
@@ -230,7 +230,7 @@ def test_random_weights_are_generated(tmp_path: Path, driver: FakeDriver) -> Non
             found = executor.read(DECODE, Operand("weight", name, weights[name].dtype, weights[name].shape))
             assert np.array_equal(found, array), name
     assert "cuEventRecord" not in driver.calls[: driver.calls.index("cuLaunchKernelEx")], "nothing is copied but constants"
-    expected = expected_step(artifact, DECODE, tensors_of(artifact), 0)
+    expected, = expected_step(artifact, DECODE, tensors_of(artifact), 0)
     expect(driver, executor, DECODE, 5)
     report = check_bucket(executor, DECODE, expected, replays=1)
     assert report.good, report.faults
@@ -295,7 +295,7 @@ def test_a_refused_launch_is_named(artifact: Artifact, driver: FakeDriver) -> No
 
 
 def test_a_failure_while_running_is_named(executor: CudaExecutor, driver: FakeDriver, artifact: Artifact) -> None:
-    expected = expected_step(artifact, DECODE, tensors_of(artifact), 2)
+    expected, = expected_step(artifact, DECODE, tensors_of(artifact), 2)
     inputs = {name.removeprefix("input."): a for name, a in expected.items() if name.startswith("input.")}
     expect(driver, executor, DECODE, 2)
     driver.failing["cuStreamSynchronize"] = STATUS.CUDA_ERROR_ILLEGAL_ADDRESS
