@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gpu import prompt_chunks
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import ModelConfig
 from gptoss_compile.launch_plan import Step
 from gptoss_compile.random_weights import round_bf16, widen_bf16
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
+from gptoss_compile.runtime.timing import prompt_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,18 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu import (
-    Inputs,
-    Yardstick,
-    decode_inputs,
-    fill_caches,
-    fits,
-    replays_for,
-    seen_experts,
-    step_bytes,
-    time_replays,
-    touched_experts,
-)
+from gpu import Yardstick, seen_experts, step_bytes, touched_experts
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
@@ -40,8 +29,7 @@ from gptoss_compile.gumbel import words
 from gptoss_compile.runtime.cuda_driver import CudaError
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
 from gptoss_compile.runtime.generate import Generator
-
-STEPS = 64  # of a sequence, at most, that are timed in one go
+from gptoss_compile.runtime.timing import STEPS, Inputs, decode_inputs, fill_caches, fits, replays_for, time_replays
 
 
 def main() -> int:

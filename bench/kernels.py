@@ -16,21 +16,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpu import (
-    Inputs,
-    decode_inputs,
-    fill_caches,
-    fits,
-    prompt_chunks,
-    replays_for,
-    step_bytes,
-    time_replays,
-    touched_experts,
-)
+from gpu import step_bytes, touched_experts
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
@@ -38,8 +27,8 @@ from gptoss_compile.launch_plan import Operand, Step
 from gptoss_compile.runtime.cuda_driver import CudaError
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
 from gptoss_compile.runtime.generate import Generator
+from gptoss_compile.runtime.timing import STEPS, fill_caches, fits, step_inputs, time_twice
 
-STEPS = 64  # of a decoding sequence that its pages leave room for
 DENSE = ("norm_linear", "linear_residual", "norm_head")
 CUBLAS = """
 import json, sys, torch
@@ -124,21 +113,12 @@ def cublas(shapes: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int],
 def shares(executor: CudaExecutor, bucket: Bucket, context: int,
            rivals: Mapping[tuple[int, int, int], float]) -> dict[str, Any]:
     """What each operator's kernels cost in the bucket's step. Microseconds a call."""
-    inputs = inputs_of(executor, bucket, context)
+    inputs = step_inputs(executor, bucket, context)
     config, steps = executor.config, executor.plans[bucket].steps
     experts = touched_experts(config.num_experts, bucket.tokens * config.experts_per_token)
 
     def timed(op: str | None) -> float:
-        prepared = []
-        for step in steps:
-            if step.op == op:
-                prepared += executor.prepare(bucket, [other_weights(step, config.num_layers)])
-            prepared += executor.prepare(bucket, [step])
-        graph = executor.capture(f"{bucket} with {op} twice", prepared)
-        once = time_replays(executor, graph.replay, 2, 1).ms
-        ms = time_replays(executor, graph.replay, replays_for(once, STEPS, 0.06), 3).ms
-        graph.close()
-        return ms
+        return time_twice(executor, bucket, {number for number, step in enumerate(steps) if step.op == op})
 
     executor.device.use()
     executor.upload(bucket, inputs)
@@ -160,24 +140,6 @@ def shares(executor: CudaExecutor, bucket: Bucket, context: int,
 def _shape(step: Step, name: str) -> tuple[int, ...]:
     operand = step.operands.get(name)
     return operand.shape if isinstance(operand, Operand) else ()
-
-
-def inputs_of(executor: CudaExecutor, bucket: Bucket, context: int) -> Inputs:
-    if bucket.kind == "decode":
-        return decode_inputs(executor, bucket, context, STEPS)
-    return prompt_chunks(executor, bucket.tokens, [bucket])[0][1]
-
-
-def other_weights(step: Step, layers: int) -> Step:
-    """The step with the weights of the layer half the model away, which no cache holds."""
-
-    def other(value: Any) -> Any:
-        if not (isinstance(value, Operand) and value.place == "weight" and str(value.key).startswith("layers.")):
-            return value
-        _, layer, name = str(value.key).split(".", 2)
-        return replace(value, key=f"layers.{(int(layer) + layers // 2) % layers}.{name}")
-
-    return replace(step, operands={name: other(value) for name, value in step.operands.items()})
 
 
 def show(found: Mapping[str, Any]) -> None:

@@ -20,13 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu import fill_caches, prompt_chunks
-
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
 from gptoss_compile.runtime.cuda_driver import CudaError
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
 from gptoss_compile.runtime.generate import Generator
+from gptoss_compile.runtime.timing import fill_caches, prompt_chunks
 
 SUSTAINED = 2.0  # seconds of prompts without a pause; the second half counts
 MATMUL = """

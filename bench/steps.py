@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu import time_replays
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
 from gptoss_compile.runtime.outputs import RequestHandle
 from gptoss_compile.runtime.sampling_params import SamplingParams
+from gptoss_compile.runtime.timing import time_replays
 
 WARM = 20  # tokens of each answer before the clock starts
 

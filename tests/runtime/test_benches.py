@@ -20,7 +20,7 @@ from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.compiler import Request, compile_checkpoint
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.launch_plan import LaunchPlan, Operand
-from gptoss_compile.runtime import cuda_driver
+from gptoss_compile.runtime import cuda_driver, timing
 from gptoss_compile.runtime.executor_cuda import RESERVE, CudaExecutor
 from gptoss_compile.target import Target
 
@@ -169,10 +169,10 @@ def test_startup(artifact: Artifact, driver: NullDriver, monkeypatch: pytest.Mon
     module.show(result)
 
 
-def test_chunks_of_a_prompt_reach_every_key_they_need(executor: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_a_prompt_reach_every_key_they_need(executor: CudaExecutor) -> None:
     """A page that is given to a position stays that position's as long as a window may look at it."""
-    module, page = bench("gpu", monkeypatch), executor.page_size
-    steps = module.prompt_chunks(executor, 150, [b for b in executor.buckets if b.kind == "extend"])
+    page = executor.page_size
+    steps = timing.prompt_chunks(executor, 150, [b for b in executor.buckets if b.kind == "extend"])
     assert [(b.tokens, int((i["positions"] >= 0).sum())) for b, i in steps] == [(64, 64), (64, 64), (24, 22)]
     owner: dict[int, int] = {}
     for _, inputs in steps:
@@ -199,10 +199,10 @@ def test_bytes_of_a_step(executor: CudaExecutor, monkeypatch: pytest.MonkeyPatch
     assert gpu.step_bytes(CONFIG, windowed, 100, 1) == windowed.moved + 3 * 16 * key_and_value
 
 
-def test_decode_inputs_share_no_page(executor: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu, bucket, page = bench("gpu", monkeypatch), Bucket.decode(3), executor.page_size
-    inputs = gpu.decode_inputs(executor, bucket, 256, 64)
-    assert gpu.fits(executor, 3, 256, 64) and not gpu.fits(executor, 3, 4096, 64)
+def test_decode_inputs_share_no_page(executor: CudaExecutor) -> None:
+    bucket, page = Bucket.decode(3), executor.page_size
+    inputs = timing.decode_inputs(executor, bucket, 256, 64)
+    assert timing.fits(executor, 3, 256, 64) and not timing.fits(executor, 3, 4096, 64)
     live = range((256 - 65 - 15) // page, 256 // page)
     windows = inputs["window_table"][:, [e % executor.window_ring for e in live]]
     for pages, most in ((inputs["full_table"][:, : 256 // page], executor.num_pages), (windows, executor.num_window_pages)):
