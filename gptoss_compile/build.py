@@ -15,7 +15,9 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -29,7 +31,7 @@ from gptoss_compile.paths import cache_dir as cache_root
 from gptoss_compile.target import Target
 
 AnySource = Source | CudaSource
-FORMAT = 2  # of a cache entry
+FORMAT = 3  # of a cache entry
 ALIGNMENT = 16  # bytes; every pointer a kernel gets is at least so aligned
 
 
@@ -42,10 +44,9 @@ class Binary:
     """One kernel's machine code and what its launch must know.
 
     code: a cubin or an hsaco; assembly: AMD's listing (empty for NVIDIA, whose listing cuobjdump makes from the code).
-    threads: of a block. shared: dynamic shared memory in bytes; carveout: see `CudaSource`. registers: of a thread (gfx:
-    vector registers); spilled: a thread's bytes in local memory, which ought to be none. A launch's parameters are its
-    pointers; Triton's kernels have two scratch pointers more (null where the scratch size is 0), whose buffers have
-    `…_size` bytes for each block of the grid.
+    threads: of a block. shared: dynamic shared memory in bytes. registers: of a thread (gfx: vector registers); spilled: a
+    thread's bytes in local memory, which ought to be none. A launch's parameters are its pointers; Triton's kernels have two
+    scratch pointers more (null where the scratch size is 0), whose buffers have `…_size` bytes for each block of the grid.
     """
 
     key: str
@@ -55,7 +56,6 @@ class Binary:
     num_ctas: int
     threads: int
     shared: int
-    carveout: int
     tensor_memory: int
     global_scratch_size: int
     global_scratch_align: int
@@ -105,32 +105,36 @@ def build(source: AnySource, target: Target, cache_dir: Path | None = None) -> B
 
 
 def build_all(sources: Iterable[AnySource], target: Target, cache_dir: Path | None = None, *, processes: int = 2,
-              progress: Callable[[int, int], None] | None = None) -> dict[str, Binary]:
+              progress: Callable[[int, int], None] | None = None,
+              failed: Callable[[str, BuildError], None] | None = None) -> dict[str, Binary]:
     """Binaries by key of all sources, each compiled once, the missing ones in parallel.
 
-    progress(done, total) is called after each kernel. Raises BuildError.
+    progress(done, total) is called after each kernel. Raises BuildError; with `failed`, that is called instead with the key
+    of each that does not compile.
     """
     directory = cache_dir or cache_root() / "kernels"
+    jobs: dict[str, Callable[[], Binary]]
     wanted = {key_of(source, target): source for source in sources}
     built = {key: binary for key in wanted if (binary := _load(directory, key))}
     missing = {key: source for key, source in wanted.items() if key not in built}
-    if progress:
-        progress(len(built), len(wanted))
-    if len(missing) < 2 or processes < 2:
-        jobs = (build(source, target, directory) for source in missing.values())
-        return _collect(jobs, built, len(wanted), progress)
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        jobs = (f.result() for f in [pool.submit(_build_portable, _portable(s), target.name, directory)
-                                     for s in missing.values()])
-        return _collect(jobs, built, len(wanted), progress)
-
-
-def _collect(jobs: Iterable[Binary], built: dict[str, Binary], total: int,
-             progress: Callable[[int, int], None] | None) -> dict[str, Binary]:
-    for binary in jobs:
-        built[binary.key] = binary
+    with ExitStack() as stack:
+        if len(missing) < 2 or processes < 2:
+            jobs = {key: partial(build, source, target, directory) for key, source in missing.items()}
+        else:
+            pool = stack.enter_context(ProcessPoolExecutor(processes, get_context("spawn")))
+            jobs = {key: pool.submit(_build_portable, _portable(source), target.name, directory).result
+                    for key, source in missing.items()}
         if progress:
-            progress(len(built), total)
+            progress(len(built), len(wanted))
+        for done, (key, job) in enumerate(jobs.items(), len(wanted) - len(missing) + 1):
+            try:
+                built[key] = job()
+            except BuildError as error:
+                if failed is None:
+                    raise
+                failed(key, error)
+            if progress:
+                progress(done, len(wanted))
     return built
 
 
@@ -165,8 +169,8 @@ def _compile_cuda(source: CudaSource, target: Target, key: str) -> Binary:
     registers, spilled = resources_nvidia(code)
     return Binary(
         key=key, symbol=source.symbol, target=target.name, num_warps=source.threads // target.warp, num_ctas=1,
-        threads=source.threads, shared=source.shared, carveout=source.carveout, tensor_memory=0, global_scratch_size=0,
-        global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1, launch_pdl=True, registers=registers,
+        threads=source.threads, shared=source.shared, tensor_memory=0, global_scratch_size=0, global_scratch_align=1,
+        profile_scratch_size=0, profile_scratch_align=1, launch_pdl=True, registers=registers,
         spilled=spilled, compiler=nvrtc.compiler(), code=code, assembly=b"")
 
 
@@ -206,7 +210,7 @@ def _compile_triton(source: Source, target: Target, key: str) -> Binary:
     registers, spilled = resources_nvidia(code) if cuda else resources_amd(assembly)
     return Binary(
         key=key, symbol=m.name, target=target.name, num_warps=m.num_warps, num_ctas=m.num_ctas,
-        threads=m.num_warps * target.warp, shared=m.shared, carveout=-1, tensor_memory=getattr(m, "tmem_size", None) or 0,
+        threads=m.num_warps * target.warp, shared=m.shared, tensor_memory=getattr(m, "tmem_size", None) or 0,
         global_scratch_size=getattr(m, "global_scratch_size", 0),  # AMD has none
         global_scratch_align=getattr(m, "global_scratch_align", 1),
         profile_scratch_size=m.profile_scratch_size, profile_scratch_align=m.profile_scratch_align,

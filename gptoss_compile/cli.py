@@ -1,8 +1,9 @@
-"""The three commands. Only `gptoss-compile` needs PyTorch; `gptoss-serve` and `gptoss-inspect` import the runtime alone."""
+"""The commands. Only `gptoss-compile` needs PyTorch; `gptoss-serve` and `gptoss-inspect` import the runtime alone."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +15,21 @@ from gptoss_compile.config import Bucket
 from gptoss_compile.target import TARGETS, Target
 
 if TYPE_CHECKING:
+    from gptoss_compile.checkpoint import Checkpoint
     from gptoss_compile.pipeline import Options
 
 USAGE_ERROR = 2
 
 
 def compile_main(arguments: Sequence[str] | None = None) -> int:
-    parser = _compile_parser()
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["tune"]:
+        return _run(_tune, _tune_parser().parse_args(given[1:]), "the table has what buckets that were done have shown")
+    return _run(_compile, _compile_parser().parse_args(given), "nothing was written")
+
+
+def _run(work: Callable[[argparse.Namespace], None], options: argparse.Namespace, interrupted: str) -> int:
+    """The exit code of a command on the compile side, whose errors are told in a line."""
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -31,11 +39,11 @@ def compile_main(arguments: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that half-written files are removed
     try:
-        _compile(options)
+        work(options)
     except (ValueError, OSError, PassError, VerifyError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
+        return _fail(f"interrupted; {interrupted}", 130)
     return 0
 
 
@@ -64,15 +72,26 @@ def _compile_parser() -> argparse.ArgumentParser:
 
 
 def _compile(options: argparse.Namespace) -> None:
-    from gptoss_compile.checkpoint import Checkpoint
     from gptoss_compile.compiler import Request, compile_checkpoint
-    from gptoss_compile.config_parse import parse_config
-    from gptoss_compile.demo import build_demo
-    from gptoss_compile.hub import locate
 
     target = Target.parse(options.target)
     request = Request(target, options.weights, options.buckets, options.max_context, options.dtype, options.tp,
                       _pass_options(options.skip, options.limit), options.dump_ir, options.verify)
+    checkpoint, folder, name = _open_model(options)
+    output = options.output or Path(f"{name}-{target.name}")
+    artifact = compile_checkpoint(checkpoint, folder, request, output, progress_bar)
+    if not artifact.has_tokenizer:
+        print(f"no tokenizer in the artifact, it is served by token ids: {artifact.tokenizer_note}")
+    print(f"wrote {output}; serve it with: gptoss-serve {output}")
+
+
+def _open_model(options: argparse.Namespace) -> tuple[Checkpoint, Path, str]:
+    """The model that is asked for, its folder, and what to call it."""
+    from gptoss_compile.checkpoint import Checkpoint
+    from gptoss_compile.config_parse import parse_config
+    from gptoss_compile.demo import build_demo
+    from gptoss_compile.hub import locate
+
     if options.model is None:
         print("no MODEL given: compiling the built-in demo model")
         folder, name = build_demo(), "demo"
@@ -80,14 +99,36 @@ def _compile(options: argparse.Namespace) -> None:
         name = Path(options.model).resolve().name
         folder = Path(options.model) if _shapes_suffice(options) else locate(options.model)
     if _shapes_suffice(options):
-        checkpoint = Checkpoint.random(parse_config(folder / "config.json", "mxfp4"), 0)
-    else:
-        checkpoint = Checkpoint.open(folder)
-    output = options.output or Path(f"{name}-{target.name}")
-    artifact = compile_checkpoint(checkpoint, folder, request, output, progress_bar)
-    if not artifact.has_tokenizer:
-        print(f"no tokenizer in the artifact, it is served by token ids: {artifact.tokenizer_note}")
-    print(f"wrote {output}; serve it with: gptoss-serve {output}")
+        return Checkpoint.random(parse_config(folder / "config.json", "mxfp4"), 0), folder, name
+    return Checkpoint.open(folder), folder, name
+
+
+def _tune_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gptoss-compile tune", description="Measure what kernels leave to choose, inside whole steps on the GPU here, "
+        "and write what was best into the table that compiling for the target reads.")
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint folder (a config.json in it is enough) or a hub id")
+    parser.add_argument("--target", required=True, choices=sorted(TARGETS), help="what the GPU here is")
+    parser.add_argument("-o", "--output", type=Path, metavar="TABLE",
+                        help="what it says of other choices stays (default: the target's table in this package)")
+    parser.add_argument("--weights", default="random:0", metavar="random:SEED", help="(default: random:0)")
+    parser.add_argument("--buckets", type=parse_buckets, default=(), metavar="decode:1,8;extend:64x8",
+                        help="step shapes to tune, one after the other (default: by target)")
+    parser.add_argument("--max-context", "--max-model-len", type=int, metavar="N", help="longest sequence in tokens")
+    parser.add_argument("--context", type=int, default=1024, metavar="N",
+                        help="tokens that each sequence of a decode step has (default: 1024)")
+    return parser
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from gptoss_compile.compiler import Request
+    from gptoss_compile.kernels.tuned import path
+    from gptoss_compile.tune import tune
+
+    target = Target.parse(options.target)
+    request = Request(target, options.weights, options.buckets, options.max_context)
+    checkpoint, _, _ = _open_model(options)
+    print(json.dumps(tune(checkpoint, request, options.context, options.output or path(target.name), progress_bar)))
 
 
 def _shapes_suffice(options: argparse.Namespace) -> bool:

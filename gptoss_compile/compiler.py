@@ -31,7 +31,7 @@ from gptoss_compile.passes.base import Context
 from gptoss_compile.passes.select_kernels import calls
 from gptoss_compile.paths import atomic_directory, cache_dir
 from gptoss_compile.pipeline import Options, Record, run_passes
-from gptoss_compile.plan import make_plan, node_operands, tensor_operands
+from gptoss_compile.plan import kernel_launches, make_plan
 from gptoss_compile.sharding import rank_config, rank_plan
 from gptoss_compile.target import Target
 from gptoss_compile.tokenizer import o200k_base
@@ -209,8 +209,7 @@ def _generate_gpu(graph: fx.Graph, ctx: Context) -> tuple[LaunchPlan, list[tuple
     from gptoss_compile.beside import serving_launches, with_serving
     from gptoss_compile.build import build_all, key_of
 
-    launches = [launch for node in calls(graph) for launch in
-                node.meta["kernel"].instantiate(ctx.target, tensor_operands(node_operands(node)))]
+    launches = [launch for node in calls(graph) for launch in kernel_launches(node, ctx)]
     around = serving_launches(ctx)
     binaries = build_all([launch.source for launch in (*launches, *around.values())], ctx.target)
 

@@ -104,7 +104,7 @@ class KernelLaunch:
     """One kernel launch. args: for each pointer an operand name of the step, `outN`, `scratchN` or a name in common.
 
     binary: stem of a file in the artifact's kernels/. pdl: launched with programmatic stream serialisation. common: buffers
-    that the launches of a step share, by name.
+    that the launches of a step share, by name. carveout: percent of an SM's first-level memory, see `kernels.spec.Launch`.
     """
 
     binary: str
@@ -113,6 +113,7 @@ class KernelLaunch:
     scratch: tuple[Operand, ...]
     pdl: bool
     common: dict[str, Operand] = field(default_factory=dict)
+    carveout: int = -1
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _operand(data: dict[str, Any]) -> Operand:
 def _launch(data: dict[str, Any]) -> KernelLaunch:
     common = {name: _operand(operand) for name, operand in data["common"].items()}
     return KernelLaunch(data["binary"], tuple(data["grid"]), tuple(data["args"]), tuple(map(_operand, data["scratch"])),
-                        data["pdl"], common)
+                        data["pdl"], common, data["carveout"])
 
 
 def _step(data: dict[str, Any]) -> Step:

@@ -13,6 +13,7 @@ from gptoss_compile.kernels.layouts import layout_sources
 from gptoss_compile.kernels.registry import SPECS
 from gptoss_compile.kernels.spec import KernelSpec, Launch, TensorSpec
 from gptoss_compile.kernels.spec import Operand as KernelOperand
+from gptoss_compile.kernels.tuned import of_step
 from gptoss_compile.launch_plan import KernelLaunch, LaunchPlan, Layout, Operand, Step, Value
 from gptoss_compile.memory import Lifetime, align, assign
 from gptoss_compile.passes.base import Context
@@ -87,7 +88,8 @@ def make_plan(graph: fx.Graph, ctx: Context, *, binary_of: BinaryOf | None = Non
             pdl = bool(node.meta.get("pdl")) if number == 0 else ctx.target.has("pdl")
             shared = {name: Operand("arena", scratch_offsets[node, name], spec.dtype, spec.shape)
                       for name, spec in launch.common}
-            planned.append(KernelLaunch(binary_of(launch), launch.grid, launch.args, tuple(own), pdl, shared))
+            planned.append(KernelLaunch(binary_of(launch), launch.grid, launch.args, tuple(own), pdl, shared,
+                                        launch.carveout))
         kernel = node.meta["kernel"].name if "kernel" in node.meta else op_name(node)
         outputs = tuple(places[node, k] for k in range(len(_outputs(node))))
         frees = tuple((int(places[key].key), int(places[key].key) + align(life.size))
@@ -119,7 +121,8 @@ def _layouts(nodes: Sequence[fx.Node]) -> dict[str, Layout]:
 def kernel_launches(node: fx.Node, ctx: Context) -> tuple[Launch, ...]:
     """What the chosen kernel of a node launches."""
     kernel: KernelSpec = node.meta["kernel"]
-    return kernel.instantiate(ctx.target, tensor_operands(node_operands(node)))
+    launches = kernel.instantiate(ctx.target, tensor_operands(node_operands(node)))
+    return of_step(ctx.target, {ctx.bucket.kind: ctx.bucket.tokens, "sequences": ctx.bucket.sequences}, launches)
 
 
 def _cost(node: fx.Node, launches: tuple[Launch, ...]) -> tuple[int, int]:

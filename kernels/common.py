@@ -165,10 +165,10 @@ def cuda_launch(file: str, symbol: str, defines: Mapping[str, int | float | str]
                 common: Mapping[str, TensorSpec] | None = None, preloads: tuple[str, ...] = (),
                 late_trigger: bool = False, promises: tuple[str, ...] = ()) -> Launch:
     """A launch of a kernel in CUDA C++. args: what each parameter gets, see `Launch.args`."""
-    source = CudaSource(file, symbol, tuple(defines.items()), threads, shared, carveout)
+    source = CudaSource(file, symbol, tuple(defines.items()), threads, shared)
     pdl = Pdl(preloads, "after_wait" if late_trigger else "early")
     return Launch(source, (grid, 1, 1) if isinstance(grid, int) else grid, tuple(args), tuple(scratch), zeroed,
-                  tuple((common or {}).items()), pdl, moved, flops, promises)
+                  tuple((common or {}).items()), pdl, moved, flops, promises, carveout)
 
 
 def mma(target: Target, *, narrow: bool = False) -> tuple[str, ...]:

@@ -67,8 +67,7 @@ class CudaSource:
     """One compilable kernel in CUDA C++.
 
     file: in kernels/<target>/, beside the headers it includes; symbol: its `extern "C"` entry; defines: the compile-time
-    values, shapes too, as macros. Pointers are the only launch arguments. shared: dynamic shared memory in bytes; carveout:
-    the share of an SM's first-level memory, in percent, that the kernel prefers as shared memory (-1: the driver's choice).
+    values, shapes too, as macros. Pointers are the only launch arguments. shared: dynamic shared memory in bytes.
     """
 
     file: str
@@ -76,7 +75,6 @@ class CudaSource:
     defines: tuple[tuple[str, int | float | str], ...]
     threads: int
     shared: int = 0
-    carveout: int = -1
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,7 @@ class Launch:
     common:    (name, buffer) for what several launches of one operator's call share: equal names are one buffer.
     moved / flops: bytes that must move through device memory and operations, for the time floor.
     promises:  machine instructions the lint must find in the SASS, e.g. `HGMMA`.
+    carveout:  the share of an SM's first-level memory, in percent, that is best shared memory (-1: the driver's choice).
     """
 
     source: Source | CudaSource
@@ -101,6 +100,7 @@ class Launch:
     moved: int = 0
     flops: int = 0
     promises: tuple[str, ...] = ()
+    carveout: int = -1
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def check_bucket(executor: CudaExecutor, bucket: Bucket, expected: Mapping[str, 
     logits = executor.run_steps(bucket, inputs)
     caches = _caches(executor, bucket)
     rows = inputs["positions"] >= 0 if bucket.kind == "decode" else slice(None)  # others are of padding
-    report.chain = _errors(logits[rows], expected[f"step.{len(steps) - 1}.0"][rows], "fp32")[1]
+    report.chain = errors_of(logits[rows], expected[f"step.{len(steps) - 1}.0"][rows], "fp32")[1]
     if not report.chain <= CHAIN_LIMIT:
         report.faults.append(f"the whole step's logits are {report.chain:.2e} off")
     _restore_caches(executor, bucket, expected)
@@ -98,11 +98,11 @@ def _each_step(executor: CudaExecutor, bucket: Bucket, inputs: Mapping[str, Arra
             if operand.place == "cache":
                 before, change = expected[str(operand.key)], expected[f"{operand.key}.change"]
                 wanted = _with_pages(found, (before.view(change.dtype) ^ change).view(before.dtype))
-                errors = _errors(found[1:], wanted[1:], operand.dtype)  # page 0 takes whatever padding leaves
+                errors = errors_of(found[1:], wanted[1:], operand.dtype)  # page 0 takes whatever padding leaves
             else:
                 wanted = expected[name]
                 rows = used if wanted.shape[0] == len(used) else slice(None)  # rows of padding may hold anything
-                errors = _errors(found[rows], wanted[rows], operand.dtype)
+                errors = errors_of(found[rows], wanted[rows], operand.dtype)
             executor.write(bucket, operand, wanted)
             seen = Comparison(number, step.op, kernels[number], _describe(operand, index), operand.dtype, *errors)
             report.comparisons.append(seen)
@@ -164,7 +164,7 @@ def _describe(operand: Operand, index: int) -> str:
     return f"out{index} {operand.dtype}{list(operand.shape)}" if operand.place == "arena" else str(operand.key)
 
 
-def _errors(found: Array, wanted: Array, dtype: str) -> tuple[float, float]:
+def errors_of(found: Array, wanted: Array, dtype: str) -> tuple[float, float]:
     """(element, norm) as in LIMITS; infinite where something found is not finite."""
     if dtype in ("i32", "u8"):
         share = float((found != wanted).mean())

@@ -176,8 +176,9 @@ class Device:
 
     # Kernels ------------------------------------------------------------------------------------------------
 
-    def load_kernel(self, name: str, code: bytes, meta: dict[str, Any]) -> Kernel:
-        """The kernel of a cubin; `meta` is what its builder noted. Raises CudaError if this GPU cannot run it."""
+    def load_kernel(self, name: str, code: bytes, meta: dict[str, Any], carveout: int = -1) -> Kernel:
+        """The kernel of a cubin; `meta` is what its builder noted, carveout: see `kernels.spec.Launch`. Raises CudaError if
+        this GPU cannot run it."""
         for unsupported in ("global_scratch_size", "profile_scratch_size"):
             assert meta[unsupported] == 0, f"kernel {name} wants a {unsupported}, for which the executor has no memory"
         assert meta["num_ctas"] == 1, f"kernel {name} is made for clusters"
@@ -188,9 +189,9 @@ class Device:
             most = self.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self.check(self.api.cuFuncSetAttribute(function, most, meta["shared"]),
                        f"giving kernel {name} {meta['shared']} bytes of shared memory")
-        if meta["carveout"] >= 0:
-            carveout = self.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-            self.check(self.api.cuFuncSetAttribute(function, carveout, meta["carveout"]),
+        if carveout >= 0:
+            preferred = self.api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            self.check(self.api.cuFuncSetAttribute(function, preferred, carveout),
                        f"setting the shared memory carve-out of kernel {name}")
         return Kernel(name, function, meta["threads"], meta["shared"])
 
@@ -220,12 +221,12 @@ class Device:
                             "CUDA_VISIBLE_DEVICES")
 
 
-def load_kernel(artifact: Artifact, device: Device, name: str) -> Kernel:
+def load_kernel(artifact: Artifact, device: Device, name: str, carveout: int = -1) -> Kernel:
     """A kernel of an artifact. Raises CudaError if it was compiled for another target than the artifact says."""
     meta = json.loads(artifact.file(f"kernels/{name}.json").read_bytes())
     if meta["target"] != artifact.target:
         raise CudaError(f"kernel {name} was compiled for {meta['target']}, the artifact for {artifact.target}")
-    return device.load_kernel(name, artifact.file(f"kernels/{name}.cubin").read_bytes(), meta)
+    return device.load_kernel(name, artifact.file(f"kernels/{name}.cubin").read_bytes(), meta, carveout)
 
 
 def _first_device(api: Any, target: str) -> Any:

@@ -8,6 +8,7 @@ before in their places and ends with one that chooses; logits stay on the device
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,8 +54,9 @@ class CudaExecutor:
         plans = self.plans.values()
         self._places: dict[str, int] = {}
         with self._phase("memory"):
-            self._arena = device.allocate(max(p.arena_bytes for p in plans), "intermediate results")
-            self._workspace = device.allocate(max(p.workspace_bytes for p in plans), "kernels' counters")
+            self._sizes = max(p.arena_bytes for p in plans), max(p.workspace_bytes for p in plans)
+            self._arena = device.allocate(self._sizes[0], "intermediate results")
+            self._workspace = device.allocate(self._sizes[1], "kernels' counters")
             table = -(-self.max_context // self.page_size)
             self._inputs = {b: _InputBuffer(device, b, input_shapes(b, table, self.window_ring)) for b in self.buckets}
             self._rows = max(bucket.rows for bucket in self.buckets)
@@ -70,14 +72,13 @@ class CudaExecutor:
         with self._phase("KV cache"):
             self._allocate_caches(num_pages, max_num_seqs)
         with self._phase("kernels"):
-            self._kernels = {name: load_kernel(artifact, device, name) for name in _binaries(plans)}
-        self._launches = {b: self.prepare(b, plan.steps) for b, plan in self.plans.items()}
-        self._around = {b: self.prepare(b, _around(plan)) for b, plan in self.plans.items()}
+            wanted = sorted({kernel for plan in plans for kernel in _kernels(plan)})
+            self._kernels = {kernel: load_kernel(artifact, device, *kernel) for kernel in wanted}
+        self._launches: dict[Bucket, list[list[Launch]]] = {}
         self.graphs: dict[Bucket, Graph] = {}
-        for bucket, steps in self._launches.items():
-            before, behind = self._around[bucket]
+        for bucket, plan in self.plans.items():
             with self._phase(f"capture {bucket}"):
-                self.graphs[bucket] = self.capture(bucket.name, [before, *steps, behind])
+                self.install(bucket, plan, {})
         device.synchronize("loading the artifact")
 
     @classmethod
@@ -151,6 +152,26 @@ class CudaExecutor:
     def prepare(self, bucket: Bucket, steps: Sequence[Step]) -> list[list[Launch]]:
         """The launches of steps of a bucket's plan."""
         return prepare(self._device, bucket.name, steps, self._kernels, lambda operand: self.address(bucket, operand))
+
+    def install(self, bucket: Bucket, plan: LaunchPlan, files: Mapping[str, bytes]) -> Graph:
+        """Put another plan in a bucket's place; files: its machine code, as in an artifact's kernels/.
+
+        Returns the graph, which is the caller's to close, as is the one before, which still replays: where the plan needs
+        more memory for its intermediate results, what there was is left to that one.
+        """
+        device, wanted = self._device, (plan.arena_bytes, plan.workspace_bytes)
+        device.use()
+        if any(size > here for size, here in zip(wanted, self._sizes, strict=True)):
+            self._sizes = max(wanted[0], self._sizes[0]), max(wanted[1], self._sizes[1])
+            self._arena = device.allocate(self._sizes[0], "intermediate results")
+            self._workspace = device.allocate(self._sizes[1], "kernels' counters")
+        for name, carveout in set(_kernels(plan)) - self._kernels.keys():
+            meta = json.loads(files[f"{name}.json"])
+            self._kernels[name, carveout] = device.load_kernel(name, files[f"{name}.cubin"], meta, carveout)
+        steps, (before, behind) = self.prepare(bucket, plan.steps), self.prepare(bucket, _around(plan))
+        graph = self.capture(bucket.name, [before, *steps, behind])
+        self.plans[bucket], self._launches[bucket], self.graphs[bucket] = plan, steps, graph
+        return graph
 
     def capture(self, name: str, steps: Iterable[Iterable[Launch]]) -> Graph:
         return Graph(self._device, name, [launch for step in steps for launch in step])
@@ -335,7 +356,7 @@ def _around(plan: LaunchPlan) -> tuple[Step, Step]:
     return plan.feed, plan.sample
 
 
-def _binaries(plans: Iterable[LaunchPlan]) -> list[str]:
-    """The names of all that the plans launch."""
-    steps = [step for plan in plans for step in (*plan.steps, *_around(plan))]
-    return sorted({launch.binary for step in steps for launch in step.launches})
+def _kernels(plan: LaunchPlan) -> list[tuple[str, int]]:
+    """(binary, carve-out) of all that a plan launches."""
+    steps = (*plan.steps, *_around(plan))
+    return sorted({(launch.binary, launch.carveout) for step in steps for launch in step.launches})

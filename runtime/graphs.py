@@ -37,13 +37,13 @@ class Launch:
                      f"launching {self.label}")
 
 
-def prepare(device: Device, bucket: str, steps: Sequence[Step], kernels: Mapping[str, Kernel],
+def prepare(device: Device, bucket: str, steps: Sequence[Step], kernels: Mapping[tuple[str, int], Kernel],
             address_of: Callable[[Operand], int]) -> list[list[Launch]]:
-    """The launches of each step."""
+    """The launches of each step. kernels: by binary and carve-out."""
     prepared = []
     for number, step in enumerate(steps):
         label = f"{bucket} step {number} ({step.op}, kernel {{}})"
-        prepared.append([make_launch(device, label.format(launch.binary), launch, kernels[launch.binary],
+        prepared.append([make_launch(device, label.format(launch.binary), launch, kernels[launch.binary, launch.carveout],
                                      [address_of(_operand(step, launch, name)) for name in launch.args])
                          for launch in step.launches])
     return prepared
@@ -82,6 +82,7 @@ class Graph:
     def __init__(self, device: Device, bucket: str, launches: Sequence[Launch]) -> None:
         """Raises CudaError if a launch is refused or loses its programmatic attribute (drivers drop it silently)."""
         self._device, self._bucket = device, bucket
+        self._launches = launches  # their parameters live as long as what replays them
         api, stream = device.api, device.stream
         mode = api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         device.check(api.cuStreamBeginCapture(stream, mode), f"capturing {bucket}")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
 
 from gptoss_compile.kernels.common import cdiv, cuda_launch, integer, number, tensor
 from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
+from gptoss_compile.kernels.tuned import choose
 from gptoss_compile.target import Target
 
 KEYS = 16  # a block of keys, which a warp takes at once; it never straddles a page
+FEW_BLOCKS = 9  # of keys, which one thread block takes at once: a window of 128
 MAX_CLUSTER = 8  # the portable limit
+REGISTERS = 65536  # of a processor
 SEGMENT = 24  # tokens whose queries of one kv head a block attends for at once: three warpgroups
 MAX_TOKENS = 8192
 
@@ -34,29 +39,57 @@ def _constants(operands: Mapping[str, Operand], heads: int) -> dict[str, int | f
     return {"Q": heads, "KV": kv_heads, "PAGE": page, "P": entries, "REACH": reach, "SCALE": number(operands, "scale")}
 
 
-def decode_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    """A short window is one block's, a warp for each of its up to nine sixteens of keys, or, where there are many tokens,
-    for three. Else a cluster of up to eight blocks shares a (token, kv head), as long as that does not need more blocks than
-    there are processors; where even that leaves many idle, a block has more warps.
+@dataclass(frozen=True)
+class Split:
+    """How a (token, kv head)'s keys are shared: thread blocks of a cluster; warps of a block; blocks of keys that a warp has
+    in flight; thread blocks that a processor must hold."""
 
-    Cost: the least, a context of one key.
+    cluster: int
+    warps: int
+    depth: int
+    resident: int
+
+
+def split_of(target: Target, pairs: int, blocks: int) -> Split:
+    """For pairs of a token and a kv head with up to so many blocks of keys.
+
+    A short window is one thread block's, a warp for each of its up to nine blocks of keys, or, where there are many tokens,
+    for three. Else a cluster of up to eight shares a pair, as long as that does not need more thread blocks than there are
+    processors; where even that leaves many idle, they have more warps.
     """
+    if blocks <= FEW_BLOCKS:
+        return Split(1, blocks, 1, 2) if pairs <= target.processors else Split(1, cdiv(blocks, 3), 3, 4)
+    cluster = 1
+    while cluster < MAX_CLUSTER and 2 * cluster * pairs <= target.processors:
+        cluster *= 2
+    return Split(cluster, 16, 2, 1) if 2 * cluster * pairs <= target.processors else Split(cluster, 8, 2, 2)
+
+
+def splits(target: Target, pairs: int, blocks: int) -> Iterator[Split]:
+    """Those worth measuring: no warp without keys, as many thread blocks on a processor as their registers allow, clusters
+    while there are processors for them."""
+    for cluster, depth in product((1, 2, 4, 8), (1, 2, 3)):
+        few = {cdiv(blocks, n) for n in (1, 2, 3)} if blocks <= FEW_BLOCKS else {4, 8, 16}
+        for warps in sorted(few):
+            resident = REGISTERS // (32 * warps * (64 + 32 * depth))  # of a thread: 32 for each block of keys
+            if cluster * warps <= blocks and resident and (cluster == 1 or cluster * pairs <= 2 * target.processors):
+                yield Split(cluster, warps, depth, resident)
+
+
+def decode_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    """One launch for all pairs. Cost: the least, a context of one key."""
     qkv, heads = tensor(operands, "qkv"), _heads(operands)
     constants = _constants(operands, heads)
-    tokens, pairs = qkv.shape[0], qkv.shape[0] * tensor(operands, "cache").shape[2]
-    blocks, cluster = cdiv(int(constants["REACH"]) - 1, KEYS) + 1, 1  # the range need not start with a block
-    if blocks <= 9:
-        warps, depth, resident = (blocks, 1, 2) if pairs <= target.processors else (cdiv(blocks, 3), 3, 4)
-    else:
-        while cluster < MAX_CLUSTER and 2 * cluster * pairs <= target.processors:
-            cluster *= 2
-        warps, depth, resident = (16, 2, 1) if 2 * cluster * pairs <= target.processors else (8, 2, 2)
-    constants |= {"CTAS": cluster, "WARPS": warps, "DEPTH": depth, "MIN_BLOCKS": resident}
+    tokens, kv_heads = qkv.shape[0], tensor(operands, "cache").shape[2]
+    pairs, blocks = tokens * kv_heads, cdiv(int(constants["REACH"]) - 1, KEYS) + 1  # the range need not start with a block
+    key = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "window": integer(operands, "window")}
+    split = choose(target, "attention_decode", key, split_of(target, pairs, blocks), splits(target, pairs, blocks))
+    constants |= {"CTAS": split.cluster, "WARPS": split.warps, "DEPTH": split.depth, "MIN_BLOCKS": split.resident}
     out = TensorSpec((tokens, heads * 64), qkv.dtype)
     return (cuda_launch(
         "attention_decode.cu", "attention_decode", constants,
-        ("qkv", "cos_sin", "cache", "table", "sequences", "positions", "sinks", "out0"), grid=pairs * cluster,
-        threads=32 * warps, moved=qkv.bytes + out.bytes, flops=4 * tokens * heads * 64,
+        ("qkv", "cos_sin", "cache", "table", "sequences", "positions", "sinks", "out0"), grid=pairs * split.cluster,
+        threads=32 * split.warps, moved=qkv.bytes + out.bytes, flops=4 * tokens * heads * 64,
         preloads=("cache", "table", "sequences", "positions", "sinks")),)
 
 

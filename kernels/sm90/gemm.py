@@ -9,6 +9,7 @@ from math import hypot
 from gptoss_compile.kernels.common import cdiv, cuda_launch, tensor, total_bytes
 from gptoss_compile.kernels.sm90.tile import activation_tiles, tile_launch
 from gptoss_compile.kernels.spec import Launch, Operand, TensorSpec
+from gptoss_compile.kernels.tuned import choose
 from gptoss_compile.target import Target
 
 SLAB_BYTES = 64 * 128  # 64 rows × 64 columns of bf16
@@ -21,6 +22,7 @@ MEMORY_RATE = 1800  # bytes a clock from device memory into all
 EXCHANGE_RATE = 12  # bytes a clock from the other blocks of a cluster
 EXCHANGE_CYCLES = 1500
 STORE_CYCLES = 2000  # a tile's start and end, besides 4 a token
+NEAR = 12  # shapes: how far the model may put the best one behind
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ def best_shape(target: Target, tokens: int, features: int, inner: int) -> Shape:
     return min(shapes(target, tokens, features, inner), key=lambda shape: shape.cycles(target))
 
 
+def near_shapes(target: Target, tokens: int, features: int, inner: int) -> Iterator[Shape]:
+    """Those worth measuring: the best by the model."""
+    return iter(sorted(shapes(target, tokens, features, inner), key=lambda shape: shape.cycles(target))[:NEAR])
+
+
 def gemm_supports(target: Target, operands: Mapping[str, Operand]) -> bool:
     """bf16 operands, K in whole tiles, rows of outputs in whole vectors."""
     del target
@@ -130,7 +137,8 @@ def gemm_launches(target: Target, operands: Mapping[str, Operand], out: TensorSp
     assert isinstance(eps, float | int)
     first = tile_launch(target, operands, common, "tiles", rows="rows" if "rows" in present else None,
                         norm_weight="norm_weight" if "norm_weight" in present else None, eps=float(eps))
-    shape = best_shape(target, tokens, features, inner)
+    shape = choose(target, "gemm", {"tokens": tokens, "features": features, "inner": inner},
+                   best_shape(target, tokens, features, inner), near_shapes(target, tokens, features, inner))
     weights, stages = shape.stages(target)
     shared = (weights * shape.slabs * SLAB_BYTES + stages * shape.token_steps * shape.step_bytes + shape.parts_bytes
               + (2 * weights + 2 * stages + 1) * 8)

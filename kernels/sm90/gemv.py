@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from gptoss_compile.kernels.common import cdiv, cuda_launch, number, tensor, total_bytes
 from gptoss_compile.kernels.spec import Launch, Operand, TensorSpec
+from gptoss_compile.kernels.tuned import choose
 from gptoss_compile.target import Target
 
 MAX_TOKENS = 8  # the columns of two matrix instructions
 STEP = 64  # columns of the weight, a tile
 MAX_COLUMNS = 6144  # 96 steps: 14 warps of a block
+MOST_RING = 15  # steps that a warp can have in flight
+REGISTERS = 65536  # of a processor
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,25 @@ def shape_of(target: Target, features: int, columns: int, tokens: int, norm: boo
     parts = cdiv(steps, 15 if norm else 13)
     each = cdiv(steps, parts)
     if features > 16 * 4 * target.processors:
-        return Shape(16, parts, min(each, 15), max(1, 6 // parts))
+        return Shape(16, parts, min(each, MOST_RING), max(1, 6 // parts))
     rows = cdiv(features, target.processors * 8) * 8
     if norm and tokens > 4 and features % rows == 0 and rows // 8 * parts <= 16:
         return Shape(rows, parts, min(each, 8), 1)
     return Shape(16, parts, min(each, 6), max(1, min(10 // parts, cdiv(features, 16 * target.processors))))
+
+
+def shapes(target: Target, features: int, columns: int, tokens: int, norm: bool) -> Iterator[Shape]:
+    """Those worth measuring: 12 to 24 warps on a processor that share the work evenly, no more blocks than there are, and as
+    many weights in flight as the registers of a warp hold."""
+    steps = columns // STEP
+    for rows, parts, blocks in product((8, 16, 24, 32), range(1, 13), (1, 2, 3, 4)):
+        warps, each = rows // 8 * parts, cdiv(steps, parts)
+        registers = min(REGISTERS // (32 * warps * blocks) // 8 * 8, 255)
+        ring = min(each, MOST_RING, (registers - 48) // 8)  # a step of weights takes 8; 48 for all the rest
+        if (warps <= 32 and 12 <= warps * blocks <= 24 and each * parts <= 1.1 * steps and ring >= min(each, 4)
+                and (64 % rows == 0 or features % rows == 0) and cdiv(features, rows) > (blocks - 1) * target.processors
+                and blocks * shared_bytes(columns, tokens, norm) <= target.shared_bytes):
+            yield Shape(rows, parts, ring, blocks)
 
 
 def gemv_launch(target: Target, operands: Mapping[str, Operand], out: TensorSpec) -> Launch:
@@ -66,7 +84,8 @@ def gemv_launch(target: Target, operands: Mapping[str, Operand], out: TensorSpec
     weight = tensor(operands, "weight")
     (tokens, features), columns = out.shape, weight.shape[1]
     norm = "norm_weight" in operands
-    shape = shape_of(target, features, columns, tokens, norm)
+    shape = choose(target, "gemv", {"features": features, "columns": columns, "tokens": tokens, "norm": int(norm)},
+                   shape_of(target, features, columns, tokens, norm), shapes(target, features, columns, tokens, norm))
     optional = {name: isinstance(operands.get(name), TensorSpec) for name in ("norm_weight", "rows", "bias", "residual")}
     defines = shape.defines(columns, tokens) | {
         "N": features, "NORM": int(norm), "EXACT": 0, "EPS": number(operands, "eps") if norm else 0.0,

@@ -12,7 +12,7 @@ these rows; both projections run as one persistent launch; the last mixes the re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import gcd
 
@@ -20,6 +20,7 @@ from gptoss_compile.kernels.common import cdiv, cuda_launch, number, tensor
 from gptoss_compile.kernels.moe_grouped import Sizes
 from gptoss_compile.kernels.sm90.tile import activation_tiles, tile_launch
 from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
+from gptoss_compile.kernels.tuned import choose
 from gptoss_compile.target import Target
 
 STAGE_ROWS = 192  # weight rows of a tile: three slabs of the weights' layout
@@ -46,6 +47,12 @@ def variant(size: Sizes) -> Variant:
     ptxas does not serialise. Many: a weight is decoded for as many tokens as leave room for nine stages.
     """
     return Variant(56, 2) if size.pairs <= 8 * size.experts else Variant(144, 1)
+
+
+def variants(target: Target, size: Sizes) -> Iterator[Variant]:
+    """Those with a ring that is worth its name. Some of two blocks may have products that ptxas serialises."""
+    every = [*(Variant(widest, 2) for widest in range(16, 65, 8)), *(Variant(widest, 1) for widest in range(48, 161, 16))]
+    return (each for each in every if stages(target, size, each) >= 3)
 
 
 def stages(target: Target, size: Sizes, chosen: Variant) -> int:
@@ -115,7 +122,8 @@ def combine_launch(operands: Mapping[str, Operand], size: Sizes, shared: Mapping
 
 def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
     size = Sizes.of(operands)
-    chosen = variant(size)
+    key = {name: getattr(size, name) for name in ("tokens", "top_k", "experts", "hidden", "inner")}
+    chosen = choose(target, "moe_grouped", key, variant(size), variants(target, size))
     shared = buffers(size, chosen)
     return (sort_launch(size, chosen, shared),
             tile_launch(target, operands, shared, "x_tiles", places="place", norm_weight="norm_weight",

@@ -90,7 +90,7 @@ class Prepared:
                 named[f"scratch{i}"].zero_()
             else:
                 self.poisoned.append(named[f"scratch{i}"])
-        kernel = self.device.load_kernel(binary.stem, binary.code, binary.metadata())
+        kernel = self.device.load_kernel(binary.stem, binary.code, binary.metadata(), launch.carveout)
         return (*_parameters(self.device, kernel, launch.grid, [named[a].data_ptr() for a in launch.args]),
                 [named[a] for a in launch.args])
 

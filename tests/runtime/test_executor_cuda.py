@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,18 @@ def test_a_wrong_buffer_is_found_where_it_is_made(executor: CudaExecutor, driver
 def step_inputs(artifact: Artifact, bucket: Bucket, seed: int) -> dict[str, Any]:
     expected, = expected_step(artifact, bucket, tensors_of(artifact), seed)
     return {name.removeprefix("input."): a.copy() for name, a in expected.items() if name.startswith("input.")}
+
+
+def test_another_plan_takes_a_buckets_place(executor: CudaExecutor, driver: FakeDriver, artifact: Artifact) -> None:
+    """One that needs more memory: it runs in its own, and the graph before still replays in what there was."""
+    inputs, plan, before = step_inputs(artifact, DECODE, 3), executor.plans[DECODE], executor.graphs[DECODE]
+    expect(driver, executor, DECODE, 3)
+    logits, place = executor.run(DECODE, inputs).copy(), executor.address(DECODE, plan.logits)
+    graph = executor.install(DECODE, replace(plan, arena_bytes=1 << 20), {})
+    assert executor.graphs[DECODE] is graph and executor.address(DECODE, plan.logits) != place
+    assert np.array_equal(executor.run(DECODE, inputs), logits)
+    before.replay()
+    before.close()
 
 
 def put(executor: CudaExecutor, bucket: Bucket, inputs: dict[str, Any], rows: int, columns: int) -> None:
