@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from fake_cuda import Captured, FakeDriver
 from gptoss_compile import tune as tune_module
 from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.cli import compile_main, progress_bar
-from gptoss_compile.compiler import CompileError, Request
+from gptoss_compile.compiler import CompileError, Job, Request
 from gptoss_compile.config import Bucket, ModelConfig
+from gptoss_compile.config_parse import parse_config
 from gptoss_compile.kernels import tuned
 from gptoss_compile.kernels.sm90 import gemv
 from gptoss_compile.kernels.sm90.gemv import Shape
@@ -27,6 +30,7 @@ from gptoss_compile.runtime.executor_cuda import RESERVE, CudaExecutor
 from gptoss_compile.runtime.timing import Timing
 from gptoss_compile.target import Target
 from gptoss_compile.tune import Race, Tuned, tune, write_table
+from gptoss_compile.variants import Kernels, Variants
 
 CONFIG = ModelConfig(
     num_layers=2, hidden=64, intermediate=32, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=4,
@@ -192,6 +196,20 @@ def test_a_file_that_is_no_table_is_left_alone(text: str, tmp_path: Path) -> Non
 
 
 CONFIG_20B = Path(__file__).parent.parent / "checkpoint" / "data" / "config-20b.json"
+
+
+@pytest.mark.parametrize(("bucket", "wanted"), [
+    (Bucket.decode(1), {"step": 1, "gemv": 3, "attention_decode": 2}),
+    (Bucket.decode(64), {"step": 1, "gemm": 3, "attention_decode": 2, "moe_grouped": 1}),
+    (Bucket.extend(256, 4, 4), {"step": 1, "gemm": 2, "gemv": 1, "moe_grouped": 1})], ids=str)
+def test_choices_of_the_published_shapes(bucket: Bucket, wanted: dict[str, int], table: Path) -> None:
+    config = replace(parse_config(CONFIG_20B, "mxfp4"), num_layers=2, windowed=(True, False))
+    job = Job(config, Request(SM90, "random:0", (DECODE, Bucket.decode(64), Bucket.extend(256, 4, 4))))
+    variants = Variants(job, bucket, Kernels(SM90))
+    assert Counter(kernel for kernel, _ in variants.choices) == wanted
+    assert all(len(choice.candidates) > 1 and choice.taken == choice.rule for choice in variants.choices.values())
+    attention = [variants.steps[name] for name in variants.choices if name[0] == "attention_decode"]
+    assert all(len(steps) == 1 for steps in attention), "a window layer and a full one choose apart"
 
 
 @pytest.mark.parametrize(("arguments", "machine", "message"), [
