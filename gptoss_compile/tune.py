@@ -257,7 +257,7 @@ def tune(checkpoint: Checkpoint, request: Request, context: int, output: Path, p
 
 
 def check(job: Job, context: int) -> None:
-    """Raises CompileError for what cannot be tuned, or not here."""
+    """Raises CompileError or CudaError for what cannot be tuned, or not here."""
     target, most = job.request.target, job.geometry.max_context
     if target.backend != "cuda":
         raise CompileError(f"tuning measures on NVIDIA GPUs, and {target.name} is none")
@@ -265,10 +265,7 @@ def check(job: Job, context: int) -> None:
         raise CompileError(f"--weights {job.request.weights}: tuning takes random:SEED, for which it needs no checkpoint")
     if not STEPS < context <= most:
         raise CompileError(f"--context {context} is not within {STEPS + 1} and the {most} tokens of --max-context")
-    try:
-        Device.open(target.name).close()
-    except CudaError as error:
-        raise CompileError(f"tuning measures on a GPU of the target: {error}") from None
+    Device.open(target.name, "tuning was asked for").close()
 
 
 def load(artifact: Artifact, buckets: Sequence[Bucket], context: int) -> CudaExecutor:

@@ -53,12 +53,12 @@ def gib(size: int) -> str:
 class Device:
     """The first visible GPU, its primary context and one stream. `use` makes it current in each thread that calls."""
 
-    def __init__(self, api: Any, target: str) -> None:
+    def __init__(self, api: Any, target: str, wanted: str) -> None:
         self.api = api
-        self._handle = _first_device(api, target)
+        self._handle = _first_device(api, target, wanted)
         name: bytes = self.check(api.cuDeviceGetName(128, self._handle), "asking the GPU's name")
         self.name = name.split(b"\0")[0].decode()
-        self._require_architecture(target)
+        self._require_architecture(target, wanted)
         self._context = self.check(api.cuDevicePrimaryCtxRetain(self._handle), f"opening {self.name}")
         self._held: dict[int, tuple[int, str]] = {}
         self._pinned: list[int] = []
@@ -68,9 +68,9 @@ class Device:
         self.stream = self.new_stream()
 
     @classmethod
-    def open(cls, target: str) -> Device:
-        """The GPU for an artifact of that target. Raises CudaError for each reason why there is none."""
-        return cls(bindings(), target)
+    def open(cls, target: str, purpose: str = "this artifact was compiled for") -> Device:
+        """The GPU of that target. Raises CudaError for each reason why there is none, which begins with `purpose`."""
+        return cls(bindings(), target, f"{purpose} {target}")
 
     def check(self, result: tuple[Any, ...], doing: str) -> Any:
         """What a driver call returned behind its status. Raises CudaError: `doing` failed, and the driver's reason."""
@@ -210,13 +210,13 @@ class Device:
         self.api.cuStreamDestroy(self.stream)
         self.api.cuDevicePrimaryCtxRelease(self._handle)
 
-    def _require_architecture(self, target: str) -> None:
+    def _require_architecture(self, target: str, wanted: str) -> None:
         attribute = self.api.CUdevice_attribute
         major, minor = (self.check(self.api.cuDeviceGetAttribute(a, self._handle), "asking the GPU's architecture")
                         for a in (attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                                   attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR))
         if target != f"sm{major}{minor}":
-            raise CudaError(f"this artifact was compiled for {target}, but the GPU here, {self.name}, is "
+            raise CudaError(f"{wanted}, but the GPU here, {self.name}, is "
                             f"sm{major}{minor}: compile with --target sm{major}{minor}, or choose another GPU with "
                             "CUDA_VISIBLE_DEVICES")
 
@@ -229,9 +229,9 @@ def load_kernel(artifact: Artifact, device: Device, name: str, carveout: int = -
     return device.load_kernel(name, artifact.file(f"kernels/{name}.cubin").read_bytes(), meta, carveout)
 
 
-def _first_device(api: Any, target: str) -> Any:
+def _first_device(api: Any, target: str, wanted: str) -> Any:
     """The handle of the first visible GPU, with a driver new enough. Raises CudaError."""
-    wanted = f"this artifact was compiled for {target}, an NVIDIA GPU"
+    wanted += ", an NVIDIA GPU"
     try:
         status, version = api.cuDriverGetVersion()
         if status == api.CUresult.CUDA_SUCCESS and 0 < version < MIN_DRIVER:

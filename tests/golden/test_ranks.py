@@ -87,7 +87,7 @@ DECODE, EXTEND = Bucket.decode(2), Bucket.extend(24, 2, 24)
 
 
 @pytest.mark.parametrize(("ranks", "experts", "buckets"), [
-    (2, "bf16", (EXTEND,)), (4, "mxfp4", (DECODE,)), (8, "mxfp4", (EXTEND,))])
+    (2, "mxfp4", (DECODE, EXTEND)), (4, "bf16", (DECODE,)), (8, "mxfp4", (EXTEND,))])
 def test_ranks_compute_the_model(ranks: int, experts: str, buckets: tuple[Bucket, ...], seed: int) -> None:
     config = config_for(ranks, experts, seed)
     checkpoint = Checkpoint.random(config, seed)

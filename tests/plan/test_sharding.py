@@ -103,20 +103,14 @@ def contexts(config: ModelConfig, bucket: Bucket, ranks: int) -> list[Context]:
     return Context(config, bucket, CPU, Geometry.of(config, [bucket], 16, 256), torch.bfloat16, ranks).of_ranks()
 
 
-def test_the_exchanges_and_weights_of_a_published_model() -> None:
-    config, ranks = published(layers=2), 8
-    ctx = contexts(config, EXTEND, ranks)[1]
-    module = trace_model(ctx.config, EXTEND, ctx.geometry, ctx.dtype, ranks, rank=ctx.rank)
+@pytest.mark.parametrize(("bucket", "ranks"), [(DECODE, 2), (EXTEND, 8)], ids=["decode-2", "extend-8"])
+def test_the_exchanges_of_a_published_model(bucket: Bucket, ranks: int) -> None:
+    ctx = contexts(published(layers=2), bucket, ranks)[1]
+    module = trace_model(ctx.config, bucket, ctx.geometry, ctx.dtype, ranks, rank=ctx.rank)
     count = {r.name: r.matches for r in run_passes(module, ctx)}
     assert (count["fuse_allreduce_rms_norm"], count["fuse_norm_linear"], count["lower_router"]) == (4, 2, 2)
     assert (count["fuse_residual"], count["lower_moe"], count["lower_head"]) == (2, 2, 1)
-    plan, logical = make_plan(module.graph, ctx), logical_tensors(config)
-    for weight in (w for w in rank_plan(plan, config, 3, ranks).weights if w.parts):  # rank 3 has rank 1's shares
-        shapes = [list(logical[part].shape) for part in weight.parts]
-        for shape, cut in zip(shapes, weight.cuts, strict=bool(weight.cuts)):
-            shape[cut.axis] = cut.stop - cut.start
-        assert weight.shape == (sum(shape[0] for shape in shapes), *shapes[0][1:]), weight
-    ops = [step.op for step in plan.steps]
+    ops = [step.op for step in make_plan(module.graph, ctx).steps]
     sums = [op for op in ops if OPS[op].exchange == "sum"]
     assert sums == ["reduce_norm_route", "reduce_norm_linear", "reduce_norm_route", "reduce_norm_head"]
     assert ops[-1] == "all_gather" and len(ops) == 4 + 2 * 6
@@ -139,7 +133,7 @@ def test_a_forgotten_sum_does_not_compile() -> None:
         run_passes(module, ctx)
 
 
-@pytest.mark.parametrize(("ranks", "experts", "bucket"), [(2, "bf16", DECODE), (8, "mxfp4", EXTEND)])
+@pytest.mark.parametrize(("ranks", "experts", "bucket"), [(2, "bf16", DECODE), (4, "mxfp4", EXTEND)])
 def test_every_pass_keeps_the_numbers(ranks: int, experts: str, bucket: Bucket) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")

@@ -217,8 +217,8 @@ def test_choices_of_the_published_shapes(bucket: Bucket, wanted: dict[str, int],
     (["--target", "gfx950"], {}, "tuning measures on NVIDIA GPUs, and gfx950 is none"),
     (["--target", "sm90", "--context", "64"], {}, "--context 64 is not within 65 and the 131072 tokens of --max-context"),
     (["--target", "sm90", "--max-context", "512"], {}, "--context 1024 is not within 65 and the 512 tokens"),
-    (["--target", "sm90"], {"devices": 0}, "tuning measures on a GPU of the target: "),
-    (["--target", "sm90"], {"capability": (10, 0)}, "the GPU here, Fake GPU, is sm100"),
+    (["--target", "sm90"], {"devices": 0}, "tuning was asked for sm90, an NVIDIA GPU, but the NVIDIA driver sees none"),
+    (["--target", "sm90"], {"capability": (10, 0)}, "tuning was asked for sm90, but the GPU here, Fake GPU, is sm100"),
 ])
 def test_what_cannot_be_tuned(arguments: list[str], machine: dict[str, Any], message: str, tmp_path: Path,
                               monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
