@@ -31,6 +31,8 @@ def device() -> Device:
             _devices.append(Device.open("sm90"))
         except CudaError as error:
             pytest.skip(f"no sm90 GPU: {error}")
+        if not torch.cuda.is_available():
+            pytest.skip("PyTorch here was built without CUDA")
     return _devices[0]
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gptoss_compile.kernels.attention import attention, rope_kv_attention
-from tests.gpu.harness import device, error, run_kernel
+
+from .harness import device, error, run_kernel
 
 DIM, PAGE, WINDOW = 64, 16, 128
 pytestmark = pytest.mark.gpu

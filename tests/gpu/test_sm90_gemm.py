@@ -14,7 +14,8 @@ from gptoss_compile.kernels.sm90.gemm import best_shape, gemm_launches, shapes
 from gptoss_compile.kernels.spec import Operand, TensorSpec
 from gptoss_compile.lint import check_launch
 from gptoss_compile.target import Target
-from tests.gpu.harness import Prepared, device, error
+
+from .harness import Prepared, device, error
 
 EPS = 1e-5
 TOKENS = [9, 32, 33, 128, 1000, 8192]

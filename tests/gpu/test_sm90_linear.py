@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.harness import Prepared, error, run_kernel
+from .harness import Prepared, error, run_kernel
 
 pytestmark = pytest.mark.gpu
 EPS = 1e-5

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gptoss_compile.dialect import mxfp4_dequantize
 from gptoss_compile.kernels.maths import rms_norm, swiglu
-from tests.gpu.harness import device, error, run_kernel
+
+from .harness import device, error, run_kernel
 
 TOP_K = 4
 pytestmark = pytest.mark.gpu

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import Argument, Prepared, device, error, milliseconds, run_kernel
 from torch import Tensor
 
 from gptoss_compile.dialect import OPS
+
+from .harness import Argument, Prepared, device, error, milliseconds, run_kernel
 
 pytestmark = pytest.mark.gpu
 UP, DOWN = "sm90_moe_gate_up_pair", "sm90_moe_down_pair"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.gpu.harness import Prepared, run_kernel
+from .harness import Prepared, run_kernel
 
 pytestmark = pytest.mark.gpu
 EPS, TOP_K = 1e-5, 4
