@@ -30,7 +30,7 @@ import numpy as np
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.paths import Progress, atomic_directory, cache_dir, hash_files
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/o200k_base.tiktoken"
 # One weight of a plan: {"name", "dtype", "shape"} and either "parts" (logical weights, concatenated along
@@ -249,9 +249,10 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{MANIFEST} of {root} is damaged: {error}") from None
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if type(schema) is int and schema > SCHEMA:
-        raise ArtifactError(f"{root} has schema {schema}, newer than the {SCHEMA} that this version reads; "
-                            "update gptoss-compile, or compile the model again")
+    if type(schema) is int and schema != SCHEMA:
+        age, cure = ("newer", "update gptoss-compile, or ") if schema > SCHEMA else ("older", "")
+        raise ArtifactError(f"{root} has schema {schema}, {age} than the {SCHEMA} that this version reads; {cure}compile the "
+                            "model again")
     # Every byte counts, white space too: the file must be exactly what the writer makes of its content.
     if schema != SCHEMA or manifest.get("digest") != _digest(manifest) or _encode(manifest) != data:
         raise ArtifactError(f"{MANIFEST} of {root} is damaged: it does not match its own digest")

@@ -134,11 +134,12 @@ def test_missing_and_extra(path: Path) -> None:
     Artifact.open(path)
 
 
-def test_newer_schema_is_named_before_anything_else(path: Path) -> None:
+@pytest.mark.parametrize(("step", "age"), [(1, "newer"), (-1, "older")])
+def test_another_schema_is_named_before_anything_else(path: Path, step: int, age: str) -> None:
     """Whatever else a newer version changes, digest and files included, the message says what is the matter.
     """
-    (path / "manifest.json").write_text(json.dumps({"schema": module.SCHEMA + 1, "whatever": 1}))
-    refused(path, f"schema {module.SCHEMA + 1}", "newer")
+    (path / "manifest.json").write_text(json.dumps({"schema": module.SCHEMA + step, "whatever": 1}))
+    refused(path, f"schema {module.SCHEMA + step}", age)
 
 
 def test_wrong_target(path: Path) -> None:
