@@ -251,8 +251,8 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if type(schema) is int and schema != SCHEMA:
         age, cure = ("newer", "update gptoss-compile, or ") if schema > SCHEMA else ("older", "")
-        raise ArtifactError(f"{root} has schema {schema}, {age} than the {SCHEMA} that this version reads; {cure}compile the "
-                            "model again")
+        raise ArtifactError(f"{root} has schema {schema}, {age} than the {SCHEMA} that this version reads; {cure}compile "
+                            "the model again")
     # Every byte counts, white space too: the file must be exactly what the writer makes of its content.
     if schema != SCHEMA or manifest.get("digest") != _digest(manifest) or _encode(manifest) != data:
         raise ArtifactError(f"{MANIFEST} of {root} is damaged: it does not match its own digest")
