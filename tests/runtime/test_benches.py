@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -69,8 +69,13 @@ def driver(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> NullDriver:
 
 
 def bench(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script as a module of its own: one is called like a folder of the repository."""
     monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
