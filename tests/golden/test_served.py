@@ -87,7 +87,8 @@ def test_soak(artifact: Path, pages: str) -> None:
         length = rng.choice((1, 15, 16, 17, 127, 128, 129, rng.randint(1, 400), rng.randint(1, 2000)))
         shared = rng.random() < 0.3  # some prompts begin alike, for the prefix cache
         base = [7 * i % vocabulary for i in range(length)] if shared else [rng.randrange(vocabulary) for _ in range(length)]
-        jobs.append((base, rng.randint(1, 24), rng.random() < 0.5, rng.random() < 0.15))
+        tokens = rng.randint(1, 24) if rng.random() < 0.7 else rng.randint(60, 160)  # more than was set aside for it
+        jobs.append((base, tokens, rng.random() < 0.5, rng.random() < 0.15))
     demand = sum(-(-(len(p) + n) // 16) for p, n, _, _ in jobs)
     largest = max(-(-(len(p) + n) // 16) for p, n, _, _ in jobs)
     budget = {"plenty": demand + 64, "a tenth": max(demand // 10, largest), "the largest alone": largest}[pages]
