@@ -55,7 +55,7 @@ class DeviceWeights:
         filler.fill({name: place for name, place in self.places.items() if name not in self._layouts})
         if not self._layouts:
             return
-        layers = _LayoutKernels(artifact, self._device, len(self._layouts))
+        kernels = _LayoutKernels(artifact, self._device, len(self._layouts))
         batches = list(self._batches())
         size = max(sum(map(self._staged_bytes, batch)) for batch in batches)
         staging = self._device.allocate(size, "weights to be laid out")
@@ -68,9 +68,9 @@ class DeviceWeights:
             filler.fill(staged)
             for name in batch:
                 layout = self._layouts[name]
-                layers.run(layout.kind, self._weights[name].shape, [staged[s] for s in layout.sources], self.places[name])
+                kernels.run(layout.kind, self._weights[name].shape, [staged[s] for s in layout.sources], self.places[name])
             self._device.synchronize("laying weights out")
-        layers.close()
+        kernels.close()
         self._device.release(staging)
 
     def _batches(self) -> Iterator[list[str]]:
