@@ -13,7 +13,7 @@ from gptoss_compile.target import Target
 
 KEYS = 16  # a block of keys, which a warp takes at once; it never straddles a page
 FEW_BLOCKS = 9  # of keys, which one thread block takes at once: a window of 128
-MAX_CLUSTER = 8  # the portable limit
+MAX_CLUSTER = 16  # twice the portable limit: SMs come in groups of 16 or more
 REGISTERS = 65536  # of a processor
 SEGMENT = 24  # tokens whose queries of one kv head a block attends for at once: three warpgroups
 MAX_TOKENS = 8192
@@ -54,25 +54,27 @@ def split_of(target: Target, pairs: int, blocks: int) -> Split:
     """For pairs of a token and a kv head with up to so many blocks of keys.
 
     A short window is one thread block's, a warp for each of its up to nine blocks of keys, or, where there are many tokens,
-    for three. Else a cluster of up to eight shares a pair, as long as that does not need more thread blocks than there are
-    processors; where even that leaves many idle, they have more warps.
+    for three. Else a cluster shares a pair, as large as it can be without more thread blocks than there are processors, each
+    of which then has one of 16 warps; many pairs share processors.
     """
     if blocks <= FEW_BLOCKS:
         return Split(1, blocks, 1, 2) if pairs <= target.processors else Split(1, cdiv(blocks, 3), 3, 4)
     cluster = 1
     while cluster < MAX_CLUSTER and 2 * cluster * pairs <= target.processors:
         cluster *= 2
-    return Split(cluster, 16, 2, 1) if 2 * cluster * pairs <= target.processors else Split(cluster, 8, 2, 2)
+    return Split(cluster, 16, 2, 1) if cluster * pairs <= target.processors else Split(cluster, 8, 2, 2)
 
 
 def splits(target: Target, pairs: int, blocks: int) -> Iterator[Split]:
     """Those worth measuring: no warp without keys, as many thread blocks on a processor as their registers allow, clusters
-    while there are processors for them."""
-    for cluster, depth in product((1, 2, 4, 8), (1, 2, 3)):
+    that leave neither most processors idle, if larger ones do not, nor thread blocks waiting."""
+    for cluster, depth in product((1, 2, 4, 8, 16), (1, 2, 3)):
         few = {cdiv(blocks, n) for n in (1, 2, 3)} if blocks <= FEW_BLOCKS else {4, 8, 16}
         for warps in sorted(few):
             resident = REGISTERS // (32 * warps * (64 + 32 * depth))  # of a thread: 32 for each block of keys
-            if cluster * warps <= blocks and resident and (cluster == 1 or cluster * pairs <= 2 * target.processors):
+            idle = cluster < MAX_CLUSTER and 4 * cluster * pairs < target.processors and 2 * cluster * warps <= blocks
+            waiting = cluster > 1 and cluster * pairs > 2 * target.processors
+            if cluster * warps <= blocks and resident and not idle and not waiting:
                 yield Split(cluster, warps, depth, resident)
 
 

@@ -17,7 +17,8 @@ constexpr int D = 64, GROUP = Q / KV, KEYS = 16, HEADS = 8;
 constexpr float FACTOR = (float)SCALE * LOG2E;              // from q·k to the exponent of two
 constexpr int STRIDE = CTAS * WARPS;                    // warps of a cluster, so blocks of keys between two of one warp
 constexpr int ROUNDS = (REACH + KEYS - 2) / KEYS / STRIDE + 1;  // blocks of keys that a warp may have
-constexpr int MERGED = HEADS / CTAS;                    // heads that each block of a cluster finishes
+constexpr int FINISHERS = CTAS < HEADS ? CTAS : HEADS;  // blocks of a cluster that put heads together: the first ones
+constexpr int MERGED = HEADS / FINISHERS;               // heads of each
 constexpr long long VALUES = (long long)KV * PAGE * D;  // from a key to its value, in elements
 constexpr int ROW = D + 2;                              // floats from head to head of partial results: spreads the banks
 #if CTAS > 1
@@ -269,7 +270,7 @@ attention_decode(const u16* qkv, const float* cos_sin, u16* cache, const int* ta
             if (lane == 0) store_async(peer_address(stat, peer), peer_barrier, make_float2(top, sum.x));
         }
     }
-    if (CTAS == 1) return;
+    if (CTAS == 1 || rank >= FINISHERS) return;
     barrier_wait(barrier, 0);  // every warp: a block must not leave while its peers still write to it
 #pragma unroll
     for (int mine = warp; mine < MERGED; mine += WARPS) {

@@ -179,6 +179,9 @@ class FakeDriver:
         else:
             self.capturing.append(launch)
 
+    def _cuFuncGetAttribute(self, attribute: Any, function: str) -> int:
+        return 0  # no kernel here is made for clusters
+
     def _cuStreamBeginCapture(self, stream: Any, mode: Any) -> None:
         self.capturing = []
 
