@@ -18,7 +18,6 @@ from gptoss_compile.artifact import Artifact
 Bytes = npt.NDArray[np.uint8]
 
 MIN_DRIVER = 12080  # CUDA 12.8, the first whose machine code covers every target; programmatic edges need 12.3
-_STATIC_SHARED = 48 << 10  # bytes of shared memory that a kernel gets without asking for more
 _PORTABLE_CLUSTER = 8  # blocks; kernels with larger clusters must be allowed them
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
@@ -187,7 +186,7 @@ class Device:
         self._modules.append(module)
         function = self.check(self.api.cuModuleGetFunction(module, meta["symbol"].encode()), f"finding kernel {name}")
         attribute = self.api.CUfunction_attribute
-        if meta["shared"] > _STATIC_SHARED:
+        if meta["shared"]:  # 48 KiB, static ones included, are all that a kernel gets without asking
             most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self.check(self.api.cuFuncSetAttribute(function, most, meta["shared"]),
                        f"giving kernel {name} {meta['shared']} bytes of shared memory")

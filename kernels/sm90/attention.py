@@ -54,15 +54,15 @@ def split_of(target: Target, pairs: int, blocks: int) -> Split:
     """For pairs of a token and a kv head with up to so many blocks of keys.
 
     A short window is one thread block's, a warp for each of its up to nine blocks of keys, or, where there are many tokens,
-    for three. Else a cluster shares a pair, as large as it can be without more thread blocks than there are processors, each
-    of which then has one of 16 warps; many pairs share processors.
+    for three. Else a cluster shares a pair, as large as it can be without more thread blocks than two for each processor. Two
+    small blocks start beside those of the kernel before, for which one large block would have to wait.
     """
     if blocks <= FEW_BLOCKS:
         return Split(1, blocks, 1, 2) if pairs <= target.processors else Split(1, cdiv(blocks, 3), 3, 4)
     cluster = 1
-    while cluster < MAX_CLUSTER and 2 * cluster * pairs <= target.processors:
+    while cluster < MAX_CLUSTER and cluster * pairs <= target.processors:
         cluster *= 2
-    return Split(cluster, 16, 2, 1) if cluster * pairs <= target.processors else Split(cluster, 8, 2, 2)
+    return Split(cluster, 8, 2, 2)
 
 
 def splits(target: Target, pairs: int, blocks: int) -> Iterator[Split]:
