@@ -54,8 +54,8 @@ def split_of(target: Target, pairs: int, blocks: int) -> Split:
     """For pairs of a token and a kv head with up to so many blocks of keys.
 
     A short window is one thread block's, a warp for each of its up to nine blocks of keys, or, where there are many tokens,
-    for three. Else a cluster shares a pair, as large as it can be without more thread blocks than two for each processor. Two
-    small blocks start beside those of the kernel before, for which one large block would have to wait.
+    for three. Else a cluster shares a pair, as large as it can be without more thread blocks than two for each processor:
+    small ones start beside those of the kernel before, for which one large block would have to wait.
     """
     if blocks <= FEW_BLOCKS:
         return Split(1, blocks, 1, 2) if pairs <= target.processors else Split(1, cdiv(blocks, 3), 3, 4)
