@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 _LIBRARY: Any = torch.library.Library("gptoss", "DEF")  # type: ignore[no-untyped-call]
 Function = Callable[..., Any]
-Exchange = Literal["sum", "concat"]
+Exchange = Literal["sum", "rounded_sum", "concat"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class OpInfo:
     argument, which the planner may therefore overwrite in place.
 
     exchange: for a collective, what it makes of its first argument before all else: the sum over the ranks, added in fp32
-    in rank order, or the ranks' tensors side by side along the last axis. The reference takes the result in the first
-    argument's place; with one rank it is that argument.
+    in rank order and left so or rounded to the argument's dtype, or the ranks' tensors side by side along the last axis. The
+    reference takes the result in the first argument's place; with one rank it is that argument.
     """
 
     name: str
@@ -83,7 +83,7 @@ def exchanged(kind: Exchange, parts: Sequence[Tensor]) -> Tensor:
     total = parts[0].to(torch.float32)
     for part in parts[1:]:
         total = total + part.to(torch.float32)
-    return total.to(parts[0].dtype)
+    return total.to(parts[0].dtype) if kind == "rounded_sum" else total
 
 
 def cache_rows(table_SP: Tensor, sequences_T: Tensor, positions_T: Tensor, page: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +139,7 @@ def mxfp4_dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
     return (table[nibbles.int()] * factor.unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-@op("all_reduce(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x), exchange="sum")
+@op("all_reduce(Tensor x) -> Tensor", fake=lambda x: torch.empty_like(x), exchange="rounded_sum")
 def all_reduce(x: Tensor) -> Tensor:
     """The sum of x over the ranks."""
     return x.clone()
@@ -220,7 +220,7 @@ def _allreduce_fake(partial: Tensor, residual: Tensor, weight: Tensor, eps: floa
 
 
 @op("allreduce_add_rms_norm(Tensor partial, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
-    fake=_allreduce_fake, exchange="sum")
+    fake=_allreduce_fake, exchange="rounded_sum")
 def allreduce_add_rms_norm(partial: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(residual + sum of partial over the ranks, its RMSNorm): the exchange between a producer and the next norm."""
     total = residual + partial

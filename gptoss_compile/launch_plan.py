@@ -17,6 +17,8 @@ LAYOUTS = "plans/layouts.json"  # in artifacts whose kernels want weights laid o
 RANDOM_WEIGHTS = "plans/random_weights.json"  # in artifacts with random weights for a GPU: the launch that makes them
 LARGEST_SCALE = 128  # e8m0, in MXFP4 layouts: 2^1 · 6, far beyond any weight; those above have no bf16 multiplier
 ALIGNMENT = 256  # bytes; every buffer of the arena starts at a multiple
+HEADER_BYTES = 256  # what an exchange area begins with, see `kernels.exchange`
+FLAGS_BYTES = 256  # of one exchange
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,19 @@ class Layout:
         return experts * (rows // 64) * (blocks // 2) * 2176
 
 
-Place = Literal["arena", "workspace", "input", "weight", "cache", "state"]
+Place = Literal["arena", "workspace", "exchange", "slots", "input", "weight", "cache", "state"]
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of a step: where it lives and its shape. `key`: byte offset in the arena or workspace, or a name.
+    """A tensor of a step: where it lives and its shape. `key`: byte offset in the arena, the workspace or
+    the exchange area, or a name.
 
     The arena holds intermediates; the workspace, counters that start as zeros and that every kernel leaves as zeros. State
     is what one step leaves to the next, whatever its bucket; it has as many rows as the largest bucket.
+
+    The exchange area is what the other ranks' kernels read and write; it starts as zeros. In place "slots" it holds fp32
+    values, one tensor a rank behind another, each value as 8 bytes: itself and the step that it is of.
     """
 
     place: Place
@@ -118,8 +124,8 @@ class KernelLaunch:
 
 @dataclass(frozen=True)
 class Step:
-    """One operator. frees: arena ranges [offset, end) that are dead behind it; moved and flops: its least traffic in
-    bytes and its operations, for time floors."""
+    """One operator. frees: arena ranges [offset, end) that are dead behind it, exchange_frees: those of the exchange area;
+    moved and flops: its least traffic in bytes and its operations, for time floors."""
 
     op: str
     kernel: str
@@ -129,12 +135,14 @@ class Step:
     frees: tuple[tuple[int, int], ...]
     moved: int
     flops: int
+    exchange_frees: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class LaunchPlan:
     """One bucket's step for one rank. caches: one a layer; weights: in the order of the traced graph's placeholders.
 
+    exchange_bytes: the exchange area that every rank needs; all ranks have the same offsets in theirs.
     layouts: by name, the weights that the device keeps otherwise than row by row.
     feed and sample: on a GPU, what stands before and behind the steps; see `kernels/sample.py`.
     """
@@ -154,6 +162,7 @@ class LaunchPlan:
     logits: Operand
     feed: Step | None = None
     sample: Step | None = None
+    exchange_bytes: int = 0
 
     def dumps(self) -> str:
         """Indented JSON with one step's parts to a line, the same bytes for equal plans."""
@@ -168,7 +177,7 @@ class LaunchPlan:
             tuple(map(Weight.from_json, data["weights"])),
             {name: Layout(x["kind"], tuple(x["sources"])) for name, x in data["layouts"].items()},
             tuple(map(_step, data["steps"])), _operand(data["logits"]),
-            *(_step(data[name]) if data[name] else None for name in ("feed", "sample")))
+            *(_step(data[name]) if data[name] else None for name in ("feed", "sample")), data["exchange_bytes"])
 
 
 def _encode(plan: LaunchPlan) -> dict[str, Any]:
@@ -190,5 +199,6 @@ def _launch(data: dict[str, Any]) -> KernelLaunch:
 def _step(data: dict[str, Any]) -> Step:
     operands = {k: _operand(v) if isinstance(v, dict) else v for k, v in data["operands"].items()}
     launches = tuple(map(_launch, data["launches"]))
-    return Step(data["op"], data["kernel"], operands, tuple(map(_operand, data["outputs"])), launches,
-                tuple((a, b) for a, b in data["frees"]), data["moved"], data["flops"])
+    frees, exchange_frees = (tuple((a, b) for a, b in data[name]) for name in ("frees", "exchange_frees"))
+    return Step(data["op"], data["kernel"], operands, tuple(map(_operand, data["outputs"])), launches, frees, data["moved"],
+                data["flops"], exchange_frees)

@@ -19,6 +19,7 @@ from gptoss_compile.dialect import kernel_op
 from gptoss_compile.kernels.common import (
     cdiv,
     expert_tile,
+    integer,
     jit,
     launch,
     number,
@@ -42,12 +43,13 @@ def _gate_up_fake(x: Tensor, norm_weight: Tensor, ids: Tensor, weight: Tensor, *
 
 
 @kernel_op("moe_gate_up(Tensor x, Tensor norm_weight, Tensor ids, Tensor weight, Tensor? scales, Tensor bias,"
-           " float eps, float alpha, float limit) -> Tensor", fake=_gate_up_fake)
+           " float eps, float alpha, float limit, int early=1) -> Tensor", fake=_gate_up_fake)
 def moe_gate_up(x: Tensor, norm_weight: Tensor, ids: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor,
-                eps: float, alpha: float, limit: float) -> Tensor:
+                eps: float, alpha: float, limit: float, early: int = 1) -> Tensor:
     """swiglu(W[e] rmsnorm(x) + b[e]) for the A experts of each token: [T, A, I].
 
-    x [T, H], ids [T, A] i32, bias [E, 2I].
+    x [T, H], ids [T, A] i32, bias [E, 2I]. early: the kernel may read x before the one before it has ended, which wrote
+    ids; 0 where that also wrote x.
     """
     up = experts_up(rms_norm(x, norm_weight, eps), ids, weight, scales, bias)
     return swiglu_twin(up, alpha, limit).to(x.dtype)
@@ -75,16 +77,19 @@ def moe_gate_up_kernel(x_ptr: tl.tensor, norm_weight_ptr: tl.tensor, ids_ptr: tl
                        scales_ptr: tl.tensor, bias_ptr: tl.tensor, out0_ptr: tl.tensor, I: tl.constexpr,
                        H: tl.constexpr, TOP_K: tl.constexpr, EPS: tl.constexpr, ALPHA: tl.constexpr,
                        LIMIT: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr,
-                       PDL: tl.constexpr) -> tl.tensor:
+                       EARLY: tl.constexpr, PDL: tl.constexpr) -> tl.tensor:
     """Program (pair, part), part fastest: features part·ROWS … of one (token, expert) pair."""
     parts: tl.constexpr = (I + ROWS - 1) // ROWS
     pair = tl.program_id(0) // parts
     i = tl.program_id(0) % parts * ROWS + tl.arange(0, ROWS)
     line = x_ptr + pair // TOP_K * H
     every = tl.arange(0, HP)
+    if not EARLY:
+        wait(PDL)
     whole = tl.load(line + every, mask=every < H, other=0.0).to(tl.float32)
     factor = tl.rsqrt(tl.sum(whole * whole) / H + EPS)
-    wait(PDL)
+    if EARLY:
+        wait(PDL)
     trigger(PDL)
     expert = tl.load(ids_ptr + pair)
     gates = tl.zeros((ROWS, BK), tl.float32)
@@ -143,13 +148,13 @@ def gate_up_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Lau
     x, (tokens, top_k) = tensor(operands, "x"), tensor(operands, "ids").shape
     hidden, inner = x.shape[1], tensor(operands, "weight").shape[1] // 2
     out = TensorSpec((tokens, top_k, inner), x.dtype)
-    rows = 8
-    constants = {"I": inner, "H": hidden, "TOP_K": top_k, "EPS": number(operands, "eps"), "ROWS": rows, "BK": 256,
-                 "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit"), "HP": pow2(hidden)}
+    rows, early = 8, integer(operands, "early")
+    constants = {"EARLY": early, "I": inner, "H": hidden, "TOP_K": top_k, "EPS": number(operands, "eps"), "ROWS": rows,
+                 "BK": 256, "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit"), "HP": pow2(hidden)}
     pairs = tokens * top_k
     return (launch(moe_gate_up_kernel, target, {**operands, "out0": out}, constants, grid=pairs * cdiv(inner, rows),
                    moved=x.bytes + out.bytes + expert_bytes(operands, pairs), flops=4 * pairs * inner * hidden,
-                   preloads=("x",), late_trigger=True),)
+                   preloads=("x",) if early else (), late_trigger=True),)
 
 
 def down_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:

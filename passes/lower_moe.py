@@ -2,8 +2,8 @@
 
 While tokens are few, each (token, expert) pair runs for itself (`moe_gate_up`, `moe_down`): pairs hardly ever share an
 expert, whose weights are read once a pair. With more tokens they do: `moe_grouped` sorts pairs by expert and runs each
-expert once over its own. With several ranks the residual is added behind the exchange, and what ends the mixture gives
-partial sums.
+expert once over its own. With several ranks the residual is added behind the exchange, what ends the mixture gives partial
+sums, and x comes from the router's kernel, so that nobody may read it before that has ended (`early`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def run(graph: fx.Graph, ctx: Context) -> PassResult:
               down_bias: fx.Node, up_scales: fx.Node | None = None, down_scales: fx.Node | None = None) -> fx.Node:
         act = (c.rms_eps, SWIGLU_ALPHA, limit)
         if not is_grouped(ctx):
-            h = call(graph, ops.moe_gate_up.default, x, norm, ids, up, up_scales, up_bias, *act)
+            early = () if ctx.ranks == 1 else (0,)
+            h = call(graph, ops.moe_gate_up.default, x, norm, ids, up, up_scales, up_bias, *act, *early)
             mix = (h, ids, probs, down, down_scales, down_bias)
             return call(graph, ops.moe_down.default, *mix, x) if ctx.ranks == 1 else call(
                 graph, ops.moe_down_partial.default, *mix)

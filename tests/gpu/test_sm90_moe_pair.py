@@ -12,7 +12,7 @@ from .harness import Argument, Prepared, device, error, milliseconds, run_kernel
 
 pytestmark = pytest.mark.gpu
 UP, DOWN = "sm90_moe_gate_up_pair", "sm90_moe_down_pair"
-ACTIVATION = {"eps": 1e-5, "alpha": 1.702, "limit": 7.0}
+ACTIVATION = {"eps": 1e-5, "alpha": 1.702, "limit": 7.0, "early": 1}
 # (hidden, inner, experts, top_k)
 SHAPES = [(2880, 2880, 128, 4), (2880, 2880, 32, 4), (384, 384, 32, 4), (192, 1344, 5, 1), (960, 576, 8, 3)]
 

@@ -81,7 +81,7 @@ def moe_calls(tokens: int, count: int, mxfp4: bool = True) -> list[tuple[str, di
         ("norm_route", {"x": x, "norm_weight": norm, "weight": bf16(count, HIDDEN), "bias": bf16(count), "eps": 1e-5,
                         "top_k": TOP_K})]
     if tokens * TOP_K <= count:
-        return [*calls, ("moe_gate_up", {"x": x, "norm_weight": norm, "ids": pairs, **up, "eps": 1e-5, **act}),
+        return [*calls, ("moe_gate_up", {"x": x, "norm_weight": norm, "ids": pairs, **up, "eps": 1e-5, **act, "early": 1}),
                 ("moe_down", {"h": bf16(tokens, TOP_K, INNER), "ids": pairs, "probs": fp32(tokens, TOP_K), **down,
                               "residual": x})]
     grouped = {"x": x, "norm_weight": norm, "ids": pairs, "probs": fp32(tokens, TOP_K), "up": up["weight"],

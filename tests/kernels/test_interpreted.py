@@ -114,12 +114,12 @@ ACTIVATION = {"alpha": 1.702, "limit": 7.0}
 SHAPES = [(64, 96, True), (96, 64, True), (90, 54, False), (288, 32, True)]
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize(("hidden", "inner", "mxfp4"), SHAPES)
 def test_experts_of_few_tokens(tokens: int, hidden: int, inner: int, mxfp4: bool) -> None:
     ids = choices(tokens, 6, 2, skip=0)
     compare("moe_gate_up", x=torch.randn(tokens, hidden), norm_weight=torch.randn(hidden), ids=ids,
-            **experts_of(6, 2 * inner, hidden, mxfp4), eps=1e-5, **ACTIVATION)
+            **experts_of(6, 2 * inner, hidden, mxfp4), eps=1e-5, **ACTIVATION, early=tokens % 2)
     compare("moe_down", h=torch.randn(tokens, 2, inner), ids=ids, probs=torch.rand(tokens, 2),
             **experts_of(6, hidden, inner, mxfp4), residual=torch.randn(tokens, hidden))
 

@@ -290,7 +290,7 @@ def test_lower_moe_gives_partial_sums(tokens: int) -> None:
 
     def after(x: Tensor, g: Tensor, i: Tensor, p: Tensor, *w: Tensor) -> tuple[Tensor]:
         if tokens == 2:
-            return (ops.moe_down_partial(ops.moe_gate_up(x, g, i, *w[:3], *act), i, p, *w[3:]),)
+            return (ops.moe_down_partial(ops.moe_gate_up(x, g, i, *w[:3], *act, 0), i, p, *w[3:]),)
         return (ops.moe_grouped_partial(x, g, i, p, *w, *act),)
 
     check_rewrite(LOWER_MOE, ctx, before, after, [
