@@ -21,6 +21,7 @@ from gptoss_compile import __version__
 from gptoss_compile.artifact import Artifact, ArtifactWriter, canonical_json, plan_file, rank_suffix
 from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.config import Bucket, ModelConfig
+from gptoss_compile.exchange_area import check_equal
 from gptoss_compile.ir import Dumper, print_graph
 from gptoss_compile.kernels import exchange
 from gptoss_compile.kernels.registry import SPECS
@@ -162,6 +163,7 @@ class Job:
             graphs[ctx] = module.graph
         made, files = generate(graphs, ranks)
         plans = tuple(rank_plan(made[ctx], self.config, rank, ctx.ranks) for rank, ctx in enumerate(ranks))
+        check_equal(plans)
         if dumper:
             dumper.write("plan.txt", plans[0].dumps())
         irs = {ctx.rank: print_graph(graph, ctx, bucket.name) for ctx, graph in graphs.items()}
@@ -181,7 +183,7 @@ def _check_ranks(config: ModelConfig, request: Request) -> None:
     """Raises CompileError or ConfigError if the model cannot be compiled for so many ranks."""
     if request.ranks < 1:
         raise CompileError(f"--tp {request.ranks}: the number of GPUs must be at least 1")
-    rank_config(config, 0, request.ranks)
+    rank_config(config, 0, request.ranks, request.target)
     missing = [name for name in exchange.OPERATORS if all(spec.op != name for spec in SPECS)]
     if request.ranks > 1 and request.target.is_gpu and missing:
         raise CompileError(f"--tp {request.ranks}: there are no GPU kernels yet for what several ranks exchange "

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gptoss_compile.artifact import Artifact, plan_file, rank_suffix
 from gptoss_compile.config import Bucket
-from gptoss_compile.interpreter import PlanInterpreter, run_ranks
+from gptoss_compile.interpreter import MEMORY, PlanInterpreter, run_ranks
 from gptoss_compile.launch_plan import LaunchPlan, Step
 from gptoss_compile.passes.base import Context
 from gptoss_compile.target import Target
@@ -39,13 +39,14 @@ def expected_step(artifact: Artifact, bucket: Bucket, weights: Sequence[dict[str
     whole = random_step(_context(artifact, bucket, plans[0]), seed)
     if bucket.kind == "decode" and bucket.tokens > 1:
         whole["positions"][-1] = -1  # a padding row
-    steps = [shard(whole, artifact.config, rank, artifact.ranks) for rank in range(artifact.ranks)]
+    target = Target.parse(artifact.target)
+    steps = [shard(whole, artifact.config, rank, artifact.ranks, target) for rank in range(artifact.ranks)]
     arrays = [{name if name.startswith("cache.") else f"input.{name}": _array(value) for name, value in step.items()}
               for step in steps]
 
     def watch(rank: int, number: int, done: Step, outputs: list[Tensor]) -> None:
         for index, (operand, value) in enumerate(zip(done.outputs, outputs, strict=True)):
-            if operand.place == "arena":
+            if operand.place in MEMORY:
                 arrays[rank][f"step.{number}.{index}"] = _array(value)
 
     run_ranks([PlanInterpreter(plan, {**step, **{w.name: own[w.name].to(DTYPES[w.dtype]) for w in plan.weights}})

@@ -44,7 +44,7 @@ def report(artifact: Artifact) -> dict[str, Any]:
 def _share(artifact: Artifact, rank: int) -> dict[str, int]:
     """What a rank computes, and the bytes that it holds."""
     plans = [LaunchPlan.loads(artifact.file(plan_file(b, rank)).read_text()) for b in artifact.buckets]
-    config = rank_config(artifact.config, rank, artifact.ranks)
+    config = rank_config(artifact.config, rank, artifact.ranks, Target.parse(artifact.target))
     start, stop = spans(config.vocab_size, artifact.ranks)[rank]
     return {"query_heads": config.num_heads, "kv_heads": config.num_kv_heads, "intermediate": config.intermediate,
             "vocabulary": stop - start, "weights": sum(map(_weight_bytes, artifact.recipes(rank))),

@@ -1,10 +1,11 @@
 """Running graphs and plans on a CPU, with the operators' references.
 
-A plan runs as a GPU would run it: every intermediate in its place in the one arena, caches updated in place, and the
-bytes of a buffer filled with 0xFF (NaN in every float format used) as soon as the plan calls them dead. So a wrong
-lifetime, a wrong place or an operator that reads what it should not turns into NaN, on a machine without a GPU.
+A plan runs as a GPU would run it: every intermediate in its place in the one arena, or in the rank's exchange area, caches
+updated in place, and the bytes of a buffer filled with 0xFF (NaN in every float format used) as soon as the plan calls them
+dead. So a wrong lifetime, a wrong place or an operator that reads what it should not turns into NaN, on a machine without a
+GPU.
 
-Several ranks run in lockstep, each with its own arena, and exchange where an operator says so (`OpInfo.exchange`).
+Several ranks run in lockstep, each with its own memory, and exchange where an operator says so (`OpInfo.exchange`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gptoss_compile.trace import DTYPES
 Tensors = Mapping[str, Tensor]
 Watch = Callable[[int, Step, list[Tensor]], None]
 RankWatch = Callable[[int, int, Step, list[Tensor]], None]
+MEMORY = ("arena", "exchange", "slots")  # places of intermediates
 
 
 def run_graph(graph: fx.Graph, tensors: Tensors) -> tuple[Tensor, ...]:
@@ -67,16 +69,18 @@ class PlanInterpreter:
     def __init__(self, plan: LaunchPlan, tensors: Tensors) -> None:
         self.plan, self.tensors = plan, tensors
         self.arena = torch.full((plan.arena_bytes,), 0xFF, dtype=torch.uint8)
+        self.exchange = torch.full((plan.exchange_bytes,), 0xFF, dtype=torch.uint8)
 
     def view(self, operand: Operand) -> Tensor:
-        """The tensor at an operand's place."""
-        if operand.place != "arena":
+        """The tensor at an operand's place. Of slots, whose other ranks' values nobody reads here, the first bytes."""
+        if operand.place not in MEMORY:
             return self.tensors[str(operand.key)]
+        memory = self.arena if operand.place == "arena" else self.exchange
         dtype, count = DTYPES[operand.dtype], 1
         for extent in operand.shape:
             count *= extent
         start = int(operand.key)
-        return self.arena[start : start + count * dtype.itemsize].view(dtype).view(operand.shape)
+        return memory[start : start + count * dtype.itemsize].view(dtype).view(operand.shape)
 
     def operands(self, step: Step) -> dict[str, Any]:
         """A step's arguments, tensors as views of their places."""
@@ -92,8 +96,9 @@ class PlanInterpreter:
         return views
 
     def free(self, step: Step) -> None:
-        for start, end in step.frees:
-            self.arena[start:end] = 0xFF
+        for memory, frees in ((self.arena, step.frees), (self.exchange, step.exchange_frees)):
+            for start, end in frees:
+                memory[start:end] = 0xFF
 
     def run(self, watch: Watch | None = None) -> Tensor:
         """The logits [R, V] of the only rank, a copy; the caches are updated in place. See `run_ranks`."""

@@ -171,13 +171,14 @@ class LaunchPlan:
     @classmethod
     def loads(cls, text: str) -> LaunchPlan:
         data = json.loads(text)
+        feed, sample = (_step(data[name]) if data[name] else None for name in ("feed", "sample"))
         return cls(
             data["bucket"], data["target"], data["dtype"], data["rank"], data["ranks"], data["arena_bytes"],
             data["workspace_bytes"], tuple(map(_operand, data["inputs"])), tuple(map(_operand, data["caches"])),
             tuple(map(Weight.from_json, data["weights"])),
             {name: Layout(x["kind"], tuple(x["sources"])) for name, x in data["layouts"].items()},
             tuple(map(_step, data["steps"])), _operand(data["logits"]),
-            *(_step(data[name]) if data[name] else None for name in ("feed", "sample")), data["exchange_bytes"])
+            feed, sample, data["exchange_bytes"])
 
 
 def _encode(plan: LaunchPlan) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, fx
 
 from gptoss_compile.dialect import OPS, op_name
+from gptoss_compile.exchange_area import RESERVED, ExchangeArea, lay_out
 from gptoss_compile.kernels.layouts import layout_sources
 from gptoss_compile.kernels.registry import SPECS
 from gptoss_compile.kernels.spec import KernelSpec, Launch, TensorSpec
@@ -44,25 +45,32 @@ def make_plan(graph: fx.Graph, ctx: Context, *, binary_of: BinaryOf | None = Non
     """The launch plan of a graph that holds kernel operators only. With several ranks its weights are still whole ones, see
     `sharding.rank_plan`.
 
-    binary_of names the machine code of a launch; without it (the `cpu` target) steps have no launches.
+    binary_of names the machine code of a launch; without it (the `cpu` target) steps have no launches, and nothing is in an
+    exchange area.
     """
     nodes = [n for n in graph.nodes if n.op == "call_function" and n.target is not operator.getitem]
     step_of = {node: i for i, node in enumerate(nodes)}
     returned: tuple[fx.Node, ...] = next(n for n in graph.nodes if n.op == "output").args[0]
     places: dict[tuple[fx.Node, int], Operand] = {}
-    buffers: list[tuple[tuple[fx.Node, int], Lifetime]] = []
+    lives: dict[tuple[fx.Node, int], Lifetime] = {}
 
     for node in nodes:  # what an operator returns is a new buffer, or an argument updated in place
         for index, value in enumerate(_outputs(node)):
             if index not in OPS[op_name(node)].updates:
                 last = _last_use(node, index, step_of, returned[0], len(nodes))
-                buffers.append(((node, index), Lifetime(_bytes(value), step_of[node], last)))
+                lives[node, index] = Lifetime(_bytes(value), step_of[node], last)
+    area = ExchangeArea()
+    if binary_of and ctx.ranks > 1:
+        sources = {node: _resolve(cast(fx.Node, node.args[0])) for node in nodes if OPS[op_name(node)].exchange}
+        area = lay_out(nodes, lives, sources, ctx.ranks)
+    places |= area.places
+    buffers = [(key, life) for key, life in lives.items() if key not in places]
     launches = {node: kernel_launches(node, ctx) if binary_of else () for node in nodes}
     scratch = {(node, i, j): Lifetime(spec.bytes, step_of[node], step_of[node]) for node in nodes
                for i, launch in enumerate(launches[node]) for j, spec in enumerate(launch.scratch)
                if j not in launch.zeroed}
     common = {(node, name): Lifetime(spec.bytes, step_of[node], step_of[node]) for node in nodes
-              for launch in launches[node] for name, spec in launch.common}
+              for launch in launches[node] for name, spec in launch.common if name not in RESERVED}
     offsets, arena = assign([life for _, life in buffers] + list(scratch.values()) + list(common.values()))
     for (key, _), offset in zip(buffers, offsets, strict=False):
         value = _outputs(key[0])[key[1]]
@@ -87,7 +95,7 @@ def make_plan(graph: fx.Graph, ctx: Context, *, binary_of: BinaryOf | None = Non
             workspace = max(workspace, at)
             pdl = bool(node.meta.get("pdl")) if number == 0 else ctx.target.has("pdl")
             shared = {name: Operand("arena", scratch_offsets[node, name], spec.dtype, spec.shape)
-                      for name, spec in launch.common}
+                      for name, spec in launch.common if name not in RESERVED} | area.named(node, launch.args)
             planned.append(KernelLaunch(binary_of(launch), launch.grid, launch.args, tuple(own), pdl, shared,
                                         launch.carveout))
         kernel = node.meta["kernel"].name if "kernel" in node.meta else op_name(node)
@@ -95,14 +103,14 @@ def make_plan(graph: fx.Graph, ctx: Context, *, binary_of: BinaryOf | None = Non
         frees = tuple((int(places[key].key), int(places[key].key) + align(life.size))
                       for key, life in buffers if life.last == i)
         steps.append(Step(op_name(node), kernel, operands, outputs, tuple(planned), frees,
-                          *_cost(node, launches[node])))
+                          *_cost(node, launches[node]), area.frees.get(i, ())))
 
     roles = [(n, n.meta["role"]) for n in graph.nodes if n.op == "placeholder"]
     external = {kind: tuple(_external(n, role) for n, role in roles if role.kind == kind) for kind in ("input", "cache")}
     weights = tuple(role.weight for n, role in roles if role.kind == "weight" and n.users)
     return LaunchPlan(ctx.bucket.name, ctx.target.name, DTYPE_NAMES[ctx.dtype], ctx.rank, ctx.ranks, arena, workspace,
                       external["input"], external["cache"], weights, _layouts(nodes) if binary_of else {}, tuple(steps),
-                      cast(Operand, _place(returned[0], places)))
+                      cast(Operand, _place(returned[0], places)), exchange_bytes=area.bytes)
 
 
 def _layouts(nodes: Sequence[fx.Node]) -> dict[str, Layout]:

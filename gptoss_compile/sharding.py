@@ -1,9 +1,9 @@
 """How a model is cut over ranks (tensor parallelism): what each rank computes and which slices of the weights it holds.
 
 A rank has whole key/value heads with their query heads and sinks, a span of every expert's intermediate features, and a span
-of the vocabulary's rows of lm_head. Spans are of whole units and differ by one unit at most: a unit is one kv head, one
-MXFP4 block of features (one feature if experts are BF16), one row of lm_head. Norms, router and embedding are whole on every
-rank; the biases of what gives partial sums, o and down, are rank 0's, and zeros elsewhere. Standard library only.
+of the vocabulary's rows of lm_head. Spans are of whole units and differ by one unit at most: a unit is one kv head, what
+`feature_unit` says of features, one row of lm_head. Norms, router and embedding are whole on every rank; the biases of what
+gives partial sums, o and down, are rank 0's, and zeros elsewhere. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from itertools import pairwise
 
 from gptoss_compile.config import MXFP4_BLOCK, ConfigError, ModelConfig
 from gptoss_compile.launch_plan import Cut, LaunchPlan, Weight
+from gptoss_compile.target import Target
 
 Span = tuple[int, int]  # [start, stop)
+SLAB_FEATURES = 192  # Hopper's kernels run MXFP4 experts in so many features at a time
 
 
 def spans(units: int, ranks: int) -> list[Span]:
@@ -22,19 +24,32 @@ def spans(units: int, ranks: int) -> list[Span]:
     return list(pairwise(-(-units * rank // ranks) for rank in range(ranks + 1)))
 
 
-def rank_config(config: ModelConfig, rank: int, ranks: int) -> ModelConfig:
+def feature_unit(config: ModelConfig, target: Target) -> int:
+    """Intermediate features that stay together: those of a slab of the target's kernels or of an MXFP4 block, else one."""
+    if config.expert_format != "mxfp4":
+        return 1
+    return SLAB_FEATURES if target.name == "sm90" else MXFP4_BLOCK
+
+
+def rank_config(config: ModelConfig, rank: int, ranks: int, target: Target) -> ModelConfig:
     """The model as a rank computes it: with its own numbers of heads and of intermediate features.
 
-    Raises ConfigError if some rank would be left without a share.
+    Raises ConfigError if some rank would be left without a share, or if features are left over.
     """
+    if ranks == 1:
+        return config
+    unit = feature_unit(config, target)
+    if config.intermediate % unit:
+        raise ConfigError(f"--tp {ranks}: for {target.name} MXFP4 experts are shared in {unit} features at a time, of which "
+                          f"the model's {config.intermediate} are no multiple; compile with --tp 1, or for the cpu target")
     for name, units in (("key/value heads", config.num_kv_heads), ("rows of lm_head", config.vocab_size),
-                        (_feature_units(config), config.intermediate // _feature_unit(config))):
+                        (_feature_units(unit), config.intermediate // unit)):
         if units < ranks:
             raise ConfigError(f"--tp {ranks}: the model has {units} {name}, fewer than ranks, and they are not copied; "
                               f"shard over at most {units}")
     kv_heads = _size(kv_span(config, rank, ranks))
     return replace(config, num_kv_heads=kv_heads, num_heads=kv_heads * config.heads_per_kv,
-                   intermediate=_size(feature_span(config, rank, ranks)))
+                   intermediate=_size(feature_span(config, rank, ranks, target)))
 
 
 def kv_span(config: ModelConfig, rank: int, ranks: int) -> Span:
@@ -42,16 +57,16 @@ def kv_span(config: ModelConfig, rank: int, ranks: int) -> Span:
     return spans(config.num_kv_heads, ranks)[rank]
 
 
-def feature_span(config: ModelConfig, rank: int, ranks: int) -> Span:
+def feature_span(config: ModelConfig, rank: int, ranks: int, target: Target) -> Span:
     """A rank's intermediate features of every expert."""
-    unit = _feature_unit(config)
+    unit = 1 if ranks == 1 else feature_unit(config, target)
     start, stop = spans(config.intermediate // unit, ranks)[rank]
     return start * unit, stop * unit
 
 
-def cut_of(name: str, config: ModelConfig, rank: int, ranks: int) -> Cut | None:
+def cut_of(name: str, config: ModelConfig, rank: int, ranks: int, target: Target) -> Cut | None:
     """A rank's part of the logical weight `name` of the whole model; None: all of it. See `is_zero` for biases."""
-    heads, features = kv_span(config, rank, ranks), feature_span(config, rank, ranks)
+    heads, features = kv_span(config, rank, ranks), feature_span(config, rank, ranks, target)
     queries = _times(heads, config.heads_per_kv)
     module, _, kind = (name.split(".", 2)[2] if name.startswith("layers.") else name).partition(".")
     match module, kind:
@@ -86,22 +101,20 @@ def rank_plan(plan: LaunchPlan, config: ModelConfig, rank: int, ranks: int) -> L
     """
     if ranks == 1:
         return plan
-    return replace(plan, rank=rank, weights=tuple(_rank_weight(w, config, rank, ranks) for w in plan.weights))
+    target = Target.parse(plan.target)
+    return replace(plan, rank=rank, weights=tuple(_rank_weight(w, config, rank, ranks, target) for w in plan.weights))
 
 
-def _rank_weight(weight: Weight, config: ModelConfig, rank: int, ranks: int) -> Weight:
+def _rank_weight(weight: Weight, config: ModelConfig, rank: int, ranks: int, target: Target) -> Weight:
     if any(is_zero(part, rank) for part in weight.parts):
         return replace(weight, parts=())
-    cuts = [cut_of(part, config, rank, ranks) for part in weight.parts]
+    cuts = [cut_of(part, config, rank, ranks, target) for part in weight.parts]
     return replace(weight, cuts=tuple(cut for cut in cuts if cut is not None))
 
 
-def _feature_unit(config: ModelConfig) -> int:
-    return MXFP4_BLOCK if config.expert_format == "mxfp4" else 1
-
-
-def _feature_units(config: ModelConfig) -> str:
-    return "MXFP4 blocks of intermediate features" if config.expert_format == "mxfp4" else "intermediate features"
+def _feature_units(unit: int) -> str:
+    return {1: "intermediate features", MXFP4_BLOCK: "MXFP4 blocks of intermediate features"}.get(
+        unit, f"slabs of {unit} intermediate features")
 
 
 def _times(span: Span, factor: int) -> Span:

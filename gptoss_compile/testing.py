@@ -23,17 +23,17 @@ from gptoss_compile.launch_plan import Cut, Weight
 from gptoss_compile.logical import logical_tensors
 from gptoss_compile.match import simplify
 from gptoss_compile.passes.base import Context, Exactness, Pass
-from gptoss_compile.sharding import cut_of, is_zero, kv_span
+from gptoss_compile.sharding import cut_of, feature_unit, is_zero, kv_span
 from gptoss_compile.target import Target
 from gptoss_compile.trace import DTYPE_NAMES, Geometry, Role, cache_shapes, trace_function
 
 TOLERANCE: dict[Exactness, float] = {"bitwise": 0.0, "ulp": 2e-6, "rtol": 2e-5}  # of ‖difference‖ / ‖before‖, in fp32
 
 
-def tiny(config: ModelConfig, ranks: int = 1) -> ModelConfig:
+def tiny(config: ModelConfig, target: Target, ranks: int = 1) -> ModelConfig:
     """Two layers with the given model's traits (head grouping, expert format, window kinds) at a size for any CPU. Several
     ranks get unequal shares of it."""
-    hidden, unit = (64, 32) if config.expert_format == "mxfp4" else (48, 1)
+    hidden, unit = 64 if config.expert_format == "mxfp4" else 48, feature_unit(config, target)
     kv_heads = max(2, ranks)
     return dataclasses.replace(
         config, num_layers=2, hidden=hidden, intermediate=hidden if ranks == 1 else (ranks + 1) * unit,
@@ -44,7 +44,7 @@ def tiny(config: ModelConfig, ranks: int = 1) -> ModelConfig:
 
 def tiny_context(config: ModelConfig, bucket: Bucket, target: Target, ranks: int = 1) -> Context:
     """A context of the whole small model, in fp32, for a bucket of the same kind; wide enough to run its passes for real."""
-    small = tiny(config, ranks)
+    small = tiny(config, target, ranks)
     mini = Bucket.decode(3) if bucket.kind == "decode" else Bucket.extend(24, 3)
     geometry = dataclasses.replace(Geometry.of(small, [mini], 4, 64), pages=64, window_pages=64)
     return Context(small, mini, target, geometry, torch.float32, ranks)
@@ -135,10 +135,12 @@ def rank_tensors(ctx: Context, seed: int) -> list[dict[str, Tensor]]:
     for name, info in logical_tensors(ctx.config).items():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         weights[name] = random_weight(info.shape, torch.uint8 if info.dtype == "u8" else ctx.dtype, generator)
-    return [shard({**random_step(ctx, seed), **weights}, ctx.config, rank, ctx.ranks) for rank in range(ctx.ranks)]
+    values = {**random_step(ctx, seed), **weights}
+    return [shard(values, ctx.config, rank, ctx.ranks, ctx.target) for rank in range(ctx.ranks)]
 
 
-def shard(tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, ranks: int) -> dict[str, Tensor]:
+def shard(tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, ranks: int,
+          target: Target) -> dict[str, Tensor]:
     """A rank's part of inputs, caches and logical weights. The inputs are shared; all else is the rank's own.
 
     config: of the whole model.
@@ -148,7 +150,7 @@ def shard(tensors: Mapping[str, Tensor], config: ModelConfig, rank: int, ranks: 
         if name.startswith("cache."):
             cut: Cut | None = Cut(2, *kv_span(config, rank, ranks))
         else:
-            cut = cut_of(name, config, rank, ranks)
+            cut = cut_of(name, config, rank, ranks, target)
         if is_zero(name, rank):
             value = torch.zeros_like(value)
         parts[name] = value.narrow(cut.axis, cut.start, cut.stop - cut.start).clone() if cut else value

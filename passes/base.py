@@ -46,7 +46,8 @@ class Context:
     def of_ranks(self) -> list[Context]:
         """The context of each rank, from one with the whole model's config. Ranks with equal shares have the first such
         rank's, hence one graph. Raises ConfigError if the model cannot be shared."""
-        own = [replace(self, config=rank_config(self.config, rank, self.ranks), rank=rank) for rank in range(self.ranks)]
+        own = [replace(self, config=rank_config(self.config, rank, self.ranks, self.target), rank=rank)
+               for rank in range(self.ranks)]
         first: dict[tuple[ModelConfig, int], Context] = {}
         return [first.setdefault((ctx.config, ctx.head_rows), ctx) for ctx in own]
 

@@ -94,7 +94,7 @@ def test_ranks_compute_the_model(ranks: int, experts: str, buckets: tuple[Bucket
     geometry = Geometry.of(config, buckets, 16, MAX_CONTEXT)
     pages = Stepper.pages(geometry, 2)
     geometry = dataclasses.replace(geometry, pages=pages[0], window_pages=pages[1])
-    tensors = [shard(whole_tensors(checkpoint, geometry), config, rank, ranks) for rank in range(ranks)]
+    tensors = [shard(whole_tensors(checkpoint, geometry), config, rank, ranks, CPU) for rank in range(ranks)]
     plans: dict[Bucket, list[LaunchPlan]] = {}
     for bucket in buckets:
         contexts, plan_of = Context(config, bucket, CPU, geometry, torch.float32, ranks).of_ranks(), {}

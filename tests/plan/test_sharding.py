@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from gptoss_compile.testing import difference, rank_tensors, tiny_context, with_
 from gptoss_compile.trace import Geometry, trace_model
 from gptoss_compile.verify import bisect, verify
 
-CPU = Target.parse("cpu")
+CPU, SM90 = Target.parse("cpu"), Target.parse("sm90")
 DECODE, EXTEND = Bucket.decode(4), Bucket.extend(512, 16)
 
 
@@ -49,22 +50,24 @@ def test_shares_are_whole_units_and_even_to_one() -> None:
         assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
 
 
-@pytest.mark.parametrize(("ranks", "blocks"), [
-    (2, [45, 45]), (4, [23, 22, 23, 22]), (8, [12, 11, 11, 11, 12, 11, 11, 11])])
-def test_the_published_models_are_cut(ranks: int, blocks: list[int]) -> None:
+@pytest.mark.parametrize(("ranks", "blocks", "slabs"), [
+    (2, [45, 45], [8, 7]), (4, [23, 22, 23, 22], [4, 4, 4, 3]), (8, [12, 11, 11, 11, 12, 11, 11, 11], [2] * 7 + [1])])
+def test_the_published_models_are_cut(ranks: int, blocks: list[int], slabs: list[int]) -> None:
     for name in ("20b", "120b"):
         config = published(name)
-        own = [rank_config(config, rank, ranks) for rank in range(ranks)]
+        own = [rank_config(config, rank, ranks, CPU) for rank in range(ranks)]
         assert [c.intermediate // 32 for c in own] == blocks
+        assert [rank_config(config, rank, ranks, SM90).intermediate for rank in range(ranks)] == [192 * n for n in slabs]
         assert {(c.num_heads, c.num_kv_heads) for c in own} == {(64 // ranks, 8 // ranks)}
 
 
+@pytest.mark.parametrize("target", ["cpu", "sm90"])
 @pytest.mark.parametrize("experts", ["mxfp4", "bf16"])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_every_number_of_a_weight_belongs_to_one_rank_or_to_all(ranks: int, experts: str) -> None:
+def test_every_number_of_a_weight_belongs_to_one_rank_or_to_all(ranks: int, experts: str, target: str) -> None:
     config = published(layers=1, expert_format=experts)
     for name, info in logical_tensors(config).items():
-        cuts = [cut_of(name, config, rank, ranks) for rank in range(ranks)]
+        cuts = [cut_of(name, config, rank, ranks, Target.parse(target)) for rank in range(ranks)]
         zeros = [is_zero(name, rank) for rank in range(ranks)]
         if cuts[0] is None:
             assert cuts == [None] * ranks
@@ -84,10 +87,14 @@ def test_every_number_of_a_weight_belongs_to_one_rank_or_to_all(ranks: int, expe
     ({"num_kv_heads": 2}, 4, "the model has 2 key/value heads"),
     ({"intermediate": 96}, 4, "the model has 3 MXFP4 blocks of intermediate features"),
     ({"intermediate": 3, "expert_format": "bf16"}, 4, "the model has 3 intermediate features"),
-    ({"vocab_size": 7}, 8, "the model has 7 rows of lm_head")])
-def test_models_that_cannot_be_cut(changes: dict[str, object], ranks: int, message: str) -> None:
+    ({"vocab_size": 7}, 8, "the model has 7 rows of lm_head"),
+    ({"intermediate": 576, "target": SM90}, 4, "the model has 3 slabs of 192 intermediate features, .* at most 3"),
+    ({"intermediate": 2912, "target": SM90}, 2, "for sm90 MXFP4 experts are shared in 192 features at a time, of which the "
+                                                "model's 2912 are no multiple; compile with --tp 1, or for the cpu target")])
+def test_models_that_cannot_be_cut(changes: dict[str, Any], ranks: int, message: str) -> None:
+    target = changes.get("target", CPU)
     with pytest.raises(ConfigError, match=f"--tp {ranks}: {message}"):
-        rank_config(published(**changes), 0, ranks)
+        rank_config(published(**{name: value for name, value in changes.items() if name != "target"}), 0, ranks, target)
 
 
 def test_sums_are_added_in_rank_order_in_fp32() -> None:
