@@ -8,7 +8,7 @@ reference:
                                                                          reduce_norm_head
 
 No kernel stands between a producer and its consumer. gptoss::all_gather puts the logits together, of which rank r has the
-columns [ceil(V r / ranks), ceil(V (r + 1) / ranks)). For GPUs none of these is written yet: they have no KernelSpec.
+columns [ceil(V r / ranks), ceil(V (r + 1) / ranks)). The kernels are in `kernels.sm90.exchange`.
 
 On GPUs every rank has an *exchange area*: memory of one layout, which all ranks read and write. It begins with a header of
 HEADER_BYTES, which a launch gets under the name `exchange`; a consumer's launches get FLAGS_BYTES of their step's own under

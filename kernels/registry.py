@@ -5,7 +5,7 @@ from __future__ import annotations
 from gptoss_compile.kernels import (
     attention,
     embed,
-    exchange,  # noqa: F401  operators alone, no kernels yet
+    exchange,  # noqa: F401  operators, whose kernels are in sm90
     generate,
     moe,
     moe_grouped,
@@ -16,6 +16,7 @@ from gptoss_compile.kernels import (
     sample,
 )
 from gptoss_compile.kernels.sm90 import attention as sm90_attention
+from gptoss_compile.kernels.sm90 import exchange as sm90_exchange
 from gptoss_compile.kernels.sm90 import linear as sm90_linear
 from gptoss_compile.kernels.sm90 import moe_grouped as sm90_moe_grouped
 from gptoss_compile.kernels.sm90 import moe_pair
@@ -24,6 +25,7 @@ from gptoss_compile.kernels.spec import KernelSpec
 
 SPECS: tuple[KernelSpec, ...] = (
     *sm90_attention.SPECS, *sm90_linear.SPECS, *sm90_router.SPECS, *moe_pair.SPECS, *sm90_moe_grouped.SPECS,
+    *sm90_exchange.SPECS,
     *embed.SPECS, *rope.SPECS, *norm_linear.SPECS, *attention.SPECS, *router.SPECS, *moe.SPECS, *moe_grouped.SPECS,
     *quantize.SPECS,
 )

@@ -86,6 +86,7 @@ DEVICE u32 load_shared_4(u32 address) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
     return r;
 }
+DEVICE void store_shared_4(u32 address, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
 DEVICE void store_shared_16(u32 address, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");

@@ -2,6 +2,10 @@
 //
 // Macros beside those of gemv.cuh: N rows of the weight, EPS, HAS_ROWS, HAS_BIAS, HAS_RESIDUAL (which parameters there
 // are), FLOAT_OUT (is out fp32?). A block for every ROWS rows.
+//
+// With several ranks: PUSH stores the results into slots on every rank, not in out. COLLECT: x is a residual and what comes
+// into this rank's slots (BATCH pairs of columns at a time); every block adds that up for itself, one stores it in sum.
+#include "exchange.cuh"
 #include "gemv.cuh"
 
 constexpr int RESULTS = (ROWS * TOKENS + THREADS - 1) / THREADS;
@@ -18,7 +22,12 @@ struct Result {  // the i-th that this thread finishes
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gemv(
-    const char* weight, const u16* x,
+    const char* weight,
+#if COLLECT
+    const u64* partial, const u16* stream,
+#else
+    const u16* x,
+#endif
 #if NORM
     const u16* norm_weight,
 #endif
@@ -31,7 +40,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gemv(
 #if HAS_RESIDUAL
     const u16* residual,
 #endif
-#if FLOAT_OUT
+#if PUSH || COLLECT
+    const Header* exchange,
+#endif
+#if COLLECT
+    u32* sum,
+#endif
+#if PUSH
+    u64* out
+#elif FLOAT_OUT
     float* out
 #else
     u16* out
@@ -39,10 +56,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gemv(
 ) {
     extern __shared__ __align__(128) char memory[];
     __shared__ Sums sums;
+#if PUSH
+    __shared__ Header known;
+    const Ranks ranks{exchange, known};
+#endif
     const Place at = my_place();
     const u32 x_shared = shared_address(memory), norm_shared = x_shared + TOKENS * K * 2;
 
     trigger_next();
+#if COLLECT
+    const u32 ranks = load_4(&exchange->ranks);
+#endif
     Ring ring;
     const Rows mine = my_rows(weight, blockIdx.x, at);
     fill_ring(ring, mine, at);
@@ -55,8 +79,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gemv(
     for (int i = 0; i < RESULTS; ++i)
         if (Result r(i); r.exists) offset[i] = load_bf16(bias + r.n);
 #endif
+#if PUSH
+    copy_header(known, exchange);
+#endif
 
     wait_for_previous();
+#if PUSH
+    const u32 tag = tag_of(exchange);
+#endif
+#if COLLECT
+    collect<BATCH, 2, THREADS>(partial, TOKENS * K / 2, stream, threadIdx.x, TOKENS * K / 2, exchange, ranks,
+                               [&](int item, u32 pair) {
+                                   store_shared_4(x_shared + item * 4, pair);
+                                   if (blockIdx.x == 0) sum[item] = pair;
+                               });
+#else
     int row[TOKENS];
 #pragma unroll
     for (int j = 0; j < TOKENS; ++j) {
@@ -67,6 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gemv(
 #endif
     }
     copy_tokens(x_shared, x, row);
+#endif
 #if HAS_RESIDUAL
 #pragma unroll
     for (int i = 0; i < RESULTS; ++i)
@@ -80,7 +118,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) gemv(
     for (int i = 0; i < RESULTS; ++i)
         if (Result r(i); r.exists) {
             float y = total(sums, r.row, r.token) + offset[i] + residuals[i];
-#if FLOAT_OUT
+#if PUSH
+            push(out, TOKENS * N, r.token * N + r.n, y, tag, ranks);
+#elif FLOAT_OUT
             out[(u64)r.token * N + r.n] = y;
 #else
             out[r.token * N + r.n] = to_bf16(y);

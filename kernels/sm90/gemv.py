@@ -79,19 +79,38 @@ def shapes(target: Target, features: int, columns: int, tokens: int, norm: bool)
             yield Shape(rows, parts, ring, blocks)
 
 
-def gemv_launch(target: Target, operands: Mapping[str, Operand], out: TensorSpec) -> Launch:
-    """The launch that fills `out` [tokens, N] for norm_linear, linear_residual or norm_head."""
+def batch_of(shape: Shape, items: int) -> int:
+    """How many of a block's pairs of columns, of two ranks, a thread has in flight beside its weights: 10 registers each. A
+    quarter of a processor's registers serves a quarter of its warps."""
+    warps = cdiv(shape.threads // 32 * shape.min_blocks, 4)
+    registers = min(REGISTERS // (4 * 32 * warps) // 8 * 8, 255)
+    fitting, each = min(max((registers - 8 * shape.ring - 40) // 10, 1), 10), cdiv(items, shape.threads)
+    return cdiv(each, cdiv(each, fitting))
+
+
+def gemv_launch(target: Target, operands: Mapping[str, Operand], out: TensorSpec, *, push: bool = False) -> Launch:
+    """The launch that fills `out` [tokens, N] for norm_linear, linear_residual or norm_head.
+
+    push: the results go into the ranks' slots, `out` has their values. reduce_norm_linear is norm_linear of what comes into
+    the slots `partial`, added to `residual`; that goes to out0, and `out` is out1.
+    """
     weight = tensor(operands, "weight")
     (tokens, features), columns = out.shape, weight.shape[1]
-    norm = "norm_weight" in operands
-    shape = choose(target, "gemv", {"features": features, "columns": columns, "tokens": tokens, "norm": int(norm)},
-                   shape_of(target, features, columns, tokens, norm), shapes(target, features, columns, tokens, norm))
-    optional = {name: isinstance(operands.get(name), TensorSpec) for name in ("norm_weight", "rows", "bias", "residual")}
+    norm, collect = "norm_weight" in operands, "partial" in operands
+    shape = shape_of(target, features, columns, tokens, norm)
+    if not collect:  # which needs registers otherwise than what the table is about
+        key = {"features": features, "columns": columns, "tokens": tokens, "norm": int(norm)}
+        shape = choose(target, "gemv", key, shape, shapes(target, features, columns, tokens, norm))
+    given = [name for name in ("norm_weight", "rows", "bias") if isinstance(operands.get(name), TensorSpec)]
+    residual = "residual" in operands and not collect
     defines = shape.defines(columns, tokens) | {
         "N": features, "NORM": int(norm), "EXACT": 0, "EPS": number(operands, "eps") if norm else 0.0,
-        "HAS_ROWS": int(optional["rows"]), "HAS_BIAS": int(optional["bias"]), "HAS_RESIDUAL": int(optional["residual"]),
-        "FLOAT_OUT": int(out.dtype == "fp32")}
-    args = ("weight", "x", *(name for name, given in optional.items() if given), "out0")
+        "HAS_ROWS": int("rows" in given), "HAS_BIAS": int("bias" in given), "HAS_RESIDUAL": int(residual),
+        "FLOAT_OUT": int(out.dtype == "fp32"), "PUSH": int(push), "COLLECT": int(collect)}
+    args = ["weight", *(("partial", "residual") if collect else ("x",)), *given, *(["residual"] if residual else []),
+            *(["exchange"] if push or collect else []), *(("out0", "out1") if collect else ("out0",))]
+    if collect:
+        defines |= {"BATCH": batch_of(shape, tokens * columns // 2)}
     return cuda_launch(
         "gemv.cu", "gemv", defines, args, grid=cdiv(features, shape.rows), threads=shape.threads,
         shared=shared_bytes(columns, tokens, norm),

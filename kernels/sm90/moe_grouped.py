@@ -111,16 +111,20 @@ def experts_launch(target: Target, operands: Mapping[str, Operand], size: Sizes,
         flops=6 * size.pairs * size.inner * size.hidden, late_trigger=True, promises=("HGMMA",))
 
 
-def combine_launch(operands: Mapping[str, Operand], size: Sizes, shared: Mapping[str, TensorSpec]) -> Launch:
+def combine_launch(operands: Mapping[str, Operand], size: Sizes, shared: Mapping[str, TensorSpec], residual: bool) -> Launch:
+    """residual: adds x."""
     x, used = tensor(operands, "x"), {name: shared[name] for name in ("place", "y")}
-    defines = {"SORT": 0, "TOKENS": size.tokens, "TOP_K": size.top_k, "HIDDEN": size.hidden, "THREADS": COMBINE_THREADS}
-    return cuda_launch("moe_route.cu", "moe_combine", defines, ("x", "probs", "place", "y", "out0"),
+    defines = {"SORT": 0, "TOKENS": size.tokens, "TOP_K": size.top_k, "HIDDEN": size.hidden, "THREADS": COMBINE_THREADS,
+               "RESIDUAL": int(residual)}
+    own = ("x",) if residual else ()
+    return cuda_launch("moe_route.cu", "moe_combine", defines, (*own, "probs", "place", "y", "out0"),
                        grid=cdiv(size.tokens * size.hidden // 8, COMBINE_THREADS), threads=COMBINE_THREADS, common=used,
                        moved=2 * x.bytes + 2 * size.pairs * size.hidden, flops=2 * size.pairs * size.hidden,
-                       preloads=("x", "probs", "place"))
+                       preloads=(*own, "probs", "place"))
 
 
-def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+def launches(target: Target, operands: Mapping[str, Operand], *, residual: bool = True) -> tuple[Launch, ...]:
+    """moe_grouped, or without the residual moe_grouped_partial."""
     size = Sizes.of(operands)
     key = {name: getattr(size, name) for name in ("tokens", "top_k", "experts", "hidden", "inner")}
     chosen = choose(target, "moe_grouped", key, variant(size), variants(target, size))
@@ -129,7 +133,7 @@ def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, .
             tile_launch(target, operands, shared, "x_tiles", places="place", norm_weight="norm_weight",
                         eps=number(operands, "eps")),
             experts_launch(target, operands, size, chosen, shared),
-            combine_launch(operands, size, shared))
+            combine_launch(operands, size, shared, residual))
 
 
 SPECS = (KernelSpec("sm90_moe_grouped", "moe_grouped", supports, launches,

@@ -1,6 +1,7 @@
 // The experts of a few tokens, one (token, expert) pair at a time, MXFP4 weights: moe_gate_up (DOWN 0), moe_down (DOWN 1).
 //
-// Defines: DOWN, HIDDEN, INNER, TOP_K; gate_up: EPS, ALPHA, LIMIT. Both lengths are multiples of 192.
+// Defines: DOWN, HIDDEN, INNER, TOP_K; gate_up: EPS, ALPHA, LIMIT, EARLY (may x be read before the wait?); down: PUSH (with
+// several ranks: no residual, and the sums go into slots of TOKENS tokens on every rank). Both lengths are multiples of 192.
 //
 // Weights come as slabs of 64 rows x 64 columns in fragment order (kernels/layouts.py): 16 bytes a lane are the A operands
 // of four mma of 16 rows. A *unit* is 16 rows x all K columns; three warps share a unit, a third of K each, and their sums
@@ -11,7 +12,7 @@
 // Decoding costs no multiplication: a value's bits at a bf16's places are the value x 2^-126, subnormals included, which mma
 // takes as they are. The vector carries 2^64 to keep products in range; a scale is stored as s + 126, which as an fp32's
 // exponent is 2^(s - 127) x 2^126, and 2^-64 comes at the end.
-#include "common.cuh"
+#include "exchange.cuh"
 
 constexpr int SLAB = 2176, STAGE = 3 * SLAB;  // bytes; three slabs of one k-block of 64 columns lie together
 constexpr int PARTS = 3;                      // warps that share a unit
@@ -115,7 +116,8 @@ extern __shared__ __align__(128) char shared[];  // the vectors: bf16, K each; t
 
 #if !DOWN
 // Block (pair, slab), slab fastest: 32 features of one pair. It triggers late, so that the next kernel may read the ids
-// before its wait; x it reads before its own, because the router triggers late too.
+// before its wait; x it reads before its own, if EARLY, because the router triggers late too. Else the router has made x,
+// and x is normed while the weights come.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 moe_gate_up(const u16* x, const u16* norm_weight, const int* ids, const char* weight, const u16* bias, u16* out) {
     constexpr int CHUNKS = K / 8, EACH = (CHUNKS + THREADS - 1) / THREADS;
@@ -127,15 +129,30 @@ moe_gate_up(const u16* x, const u16* norm_weight, const int* ids, const char* we
 
     const u16* line = x + pair / TOP_K * K;
     uint4 values[EACH], factors[EACH];
+    const auto fetch = [&](uint4 (&to)[EACH], const u16* from) {
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        const int chunk = tid + i * THREADS;
-        values[i] = factors[i] = make_uint4(0, 0, 0, 0);
-        if (chunk < CHUNKS) {
-            values[i] = load_16(line + chunk * 8);
-            factors[i] = load_16(norm_weight + chunk * 8);
+        for (int i = 0; i < EACH; ++i) {
+            const int chunk = tid + i * THREADS;
+            to[i] = chunk < CHUNKS ? load_16(from + chunk * 8) : make_uint4(0, 0, 0, 0);
         }
-    }
+    };
+    fetch(factors, norm_weight);
+    Weights weights;
+    int expert;
+    const auto start_weights = [&] {
+        const char* at = weight + expert * EXPERT + ((slab / 3 * (K / 64) + part * BLOCKS) * 3 + slab % 3) * (long)SLAB;
+        weights.start(at, first, lane);
+        if (tid < 32) copy_4_async(shared_address(&biases[lane]), bias + ((long)expert * INNER + slab * 32 + lane) * 2);
+    };
+#if EARLY
+    fetch(values, line);
+#else
+    wait_for_previous();
+    trigger_next();
+    expert = load_4(ids + pair);
+    fetch(values, line);
+    start_weights();
+#endif
     float square = 0;
     const auto scaled = [&](u32 v, u32 factor) {
         const float a = low_bf16(v), b = high_bf16(v);
@@ -153,13 +170,12 @@ moe_gate_up(const u16* x, const u16* norm_weight, const int* ids, const char* we
     if (lane == 0) squares[tid / 32] = square;
     __syncthreads();
 
+#if EARLY
     wait_for_previous();
     trigger_next();
-    const int expert = load_4(ids + pair);
-    const char* at = weight + expert * EXPERT + ((slab / 3 * (K / 64) + part * BLOCKS) * 3 + slab % 3) * (long)SLAB;
-    Weights weights;
-    weights.start(at, first, lane);
-    if (tid < 32) copy_4_async(shared_address(&biases[lane]), bias + ((long)expert * INNER + slab * 32 + lane) * 2);
+    expert = load_4(ids + pair);
+    start_weights();
+#endif
     multiply(weights, vector + part * BLOCKS * 128, zero, lane, &partial[part][first]);
     __syncthreads();
     if (tid < 32) {  // feature i of unit u: gate is row i, up row i + 8
@@ -188,10 +204,17 @@ moe_gate_up(const u16* x, const u16* norm_weight, const int* ids, const char* we
 #define CLUSTER __cluster_dims__(2, 1, 1)
 #endif
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, RESIDENT)
-moe_down(const u16* h, const int* ids, const float* probs, const char* weight, const u16* bias, const u16* residual,
-         u16* out) {
+moe_down(const u16* h, const int* ids, const float* probs, const char* weight, const u16* bias,
+#if PUSH
+         const Header* exchange, u64* out) {
+    __shared__ Header known;
+    const Ranks ranks{exchange, known};
+#else
+         const u16* residual, u16* out) {
+    __shared__ __align__(16) u16 residuals[16];
+#endif
     __shared__ float partial[PARTS][OWN][16], shares[OWN];
-    __shared__ __align__(16) u16 biases[OWN][16], residuals[16];
+    __shared__ __align__(16) u16 biases[OWN][16];
     __shared__ __align__(8) float received[16];
     __shared__ u64 arrival;
     const int tid = threadIdx.x, lane = tid % 32, part = tid / 32 % PARTS, own = tid / 32 / PARTS;
@@ -219,10 +242,17 @@ moe_down(const u16* h, const int* ids, const float* probs, const char* weight, c
     if (part == 0 && lane < 2)
         copy_16_async(shared_address(&biases[own][lane * 8]), bias + (long)expert * HIDDEN + unit * 16 + lane * 8);
     if (part == 0 && lane == 2) copy_4_async(shared_address(&shares[own]), probs + pair);
+#if PUSH
+    copy_header(known, exchange);
+#else
     if (tid < 2) copy_16_async(shared_address(&residuals[tid * 8]), residual + place * 16 + tid * 8);
+#endif
     if (lane < 8) store_shared_16(zero + lane * 16, make_uint4(0, 0, 0, 0));  // every warp, so that none waits for another
 
     wait_for_previous();
+#if PUSH
+    const u32 tag = tag_of(exchange);
+#endif
     // Each warp fetches what it needs of h itself, and no more: no barrier before the products.
     constexpr int CHUNKS = BLOCKS * 8;  // of 16 bytes: a third of a vector
     constexpr u32 UP_BF16 = 0x5F805F80;  // 2^64, twice
@@ -248,7 +278,11 @@ moe_down(const u16* h, const int* ids, const float* probs, const char* weight, c
     if (SPLIT == 2) cluster_wait();  // the first block's barrier is initialised
     if (tid < 16) {  // of four neighbouring features the first two are rows 2i and 2i + 1 of the unit, the others these + 8
         const int row = tid / 4 * 2 + tid % 2 + (tid / 2 % 2) * 8;
+#if PUSH
+        float y = 0;
+#else
         float y = rank == 0 ? low_bf16(residuals[tid]) : 0;
+#endif
 #pragma unroll
         for (int a = 0; a < OWN; ++a) {
             float sum = 0;
@@ -265,7 +299,11 @@ moe_down(const u16* h, const int* ids, const float* probs, const char* weight, c
                 barrier_wait(barrier, 0);
                 y += received[tid];
             }
+#if PUSH
+            push(out, TOKENS * HIDDEN, place * 16 + tid, y, tag, ranks);
+#else
             out[place * 16 + tid] = to_bf16(y);
+#endif
         }
     }
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gptoss_compile.kernels.common import cuda_launch, number, tensor, total_bytes
+from gptoss_compile.kernels.common import cuda_launch, number, tensor
 from gptoss_compile.kernels.moe import expert_bytes
 from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
 from gptoss_compile.target import Target
@@ -31,28 +31,33 @@ def gate_up_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Lau
     """A block is 64 rows, hence 32 features, of one pair: four units of 16 rows, two for each of two groups of warps."""
     x, (tokens, top_k) = tensor(operands, "x"), tensor(operands, "ids").shape
     hidden, inner = x.shape[1], tensor(operands, "weight").shape[1] // 2
-    pairs = tokens * top_k
+    pairs, early = tokens * top_k, operands.get("early", 1) != 0
     defines = {"DOWN": 0, "HIDDEN": hidden, "INNER": inner, "TOP_K": top_k, "EPS": number(operands, "eps"),
-               "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit")}
+               "ALPHA": number(operands, "alpha"), "LIMIT": number(operands, "limit"), "EARLY": int(early)}
     return (cuda_launch("moe_pair.cu", "moe_gate_up", defines, ("x", "norm_weight", "ids", "weight", "bias", "out0"),
                         grid=pairs * (inner // 32), threads=32 * PARTS * 2, shared=2 * hidden + 128,
                         moved=x.bytes + 2 * pairs * inner + expert_bytes(operands, pairs),
-                        flops=4 * pairs * inner * hidden, preloads=("x", "norm_weight"), late_trigger=True,
+                        flops=4 * pairs * inner * hidden, preloads=("x", "norm_weight") if early else ("norm_weight",),
+                        late_trigger=True,
                         promises=("HMMA",)),)
 
 
 def down_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    """A cluster is 16 features of one token: two blocks with half of the experts each, three warps an expert."""
-    (tokens, top_k, inner), residual = tensor(operands, "h").shape, tensor(operands, "residual")
-    hidden, pairs = residual.shape[1], tokens * top_k
+    """moe_down, or without a residual moe_down_partial, whose results go into the ranks' slots.
+
+    A cluster is 16 features of one token: two blocks with half of the experts each, three warps an expert.
+    """
+    (tokens, top_k, inner), push = tensor(operands, "h").shape, "residual" not in operands
+    hidden, pairs = tensor(operands, "bias").shape[1], tokens * top_k
     blocks = 1 if top_k % 2 else 2
-    defines = {"DOWN": 1, "HIDDEN": hidden, "INNER": inner, "TOP_K": top_k}
-    return (cuda_launch("moe_pair.cu", "moe_down", defines, ("h", "ids", "probs", "weight", "bias", "residual", "out0"),
+    defines = {"DOWN": 1, "HIDDEN": hidden, "INNER": inner, "TOP_K": top_k, "PUSH": int(push), "TOKENS": tokens}
+    args = ("h", "ids", "probs", "weight", "bias", "exchange" if push else "residual", "out0")
+    return (cuda_launch("moe_pair.cu", "moe_down", defines, args,
                         grid=blocks * tokens * (hidden // 16), threads=32 * PARTS * top_k // blocks,
                         shared=2 * top_k // blocks * inner + 128,
-                        moved=total_bytes(operands["h"], residual, residual) + expert_bytes(operands, pairs),
-                        flops=2 * pairs * inner * hidden, preloads=("ids", "probs", "weight", "bias", "residual"),
-                        promises=("HMMA",)),)
+                        moved=tensor(operands, "h").bytes + 4 * tokens * hidden + expert_bytes(operands, pairs),
+                        flops=2 * pairs * inner * hidden, promises=("HMMA",),
+                        preloads=("ids", "probs", "weight", "bias", *(() if push else ("residual",)))),)
 
 
 SPECS = (

@@ -1,7 +1,8 @@
 // Before and behind the experts' products of many tokens (moe_grouped.cu): which row of the tiles is whose, and the mix.
 //
 // Pairs (token, expert) lie in the tiles expert by expert, tokens ascending. An expert's run begins at a multiple of 8, so
-// that it is whole atoms of the tiles. Defines: SORT, TOKENS, TOP_K; sort: EXPERTS, ROWS, WIDEST; combine: HIDDEN, THREADS.
+// that it is whole atoms of the tiles. Defines: SORT, TOKENS, TOP_K; sort: EXPERTS, ROWS, WIDEST; combine: HIDDEN, THREADS,
+// RESIDUAL (is x added?).
 #include "common.cuh"
 
 #if SORT
@@ -109,18 +110,27 @@ DEVICE void add_scaled(float (&sum)[8], uint4 v, float factor) {
     }
 }
 
-// out = x + sum over a of probs[a] y[place[a]]; a thread eight columns of one token. All but y is read before the wait: the
-// kernel that makes y lets this one start only when those before it have ended.
+// out = x (with RESIDUAL) + sum over a of probs[a] y[place[a]]; a thread eight columns of one token. All but y is read before
+// the wait: the kernel that makes y lets this one start only when those before it have ended.
 extern "C" __global__ void __launch_bounds__(THREADS)
-moe_combine(const u16* x, const float* probs, const int* place, const u16* y, u16* out) {
+moe_combine(
+#if RESIDUAL
+    const u16* x,
+#endif
+    const float* probs, const int* place, const u16* y, u16* out) {
     trigger_next();
     const int item = blockIdx.x * THREADS + threadIdx.x, token = item / CHUNKS, chunk = item % CHUNKS;
     const bool inside = token < TOKENS;
-    uint4 v[TOP_K], own = make_uint4(0, 0, 0, 0);
+    uint4 v[TOP_K];
+#if RESIDUAL
+    uint4 own = make_uint4(0, 0, 0, 0);
+#endif
     float share[TOP_K];
     int row[TOP_K];
     if (inside) {
+#if RESIDUAL
         own = load_16(x + (long)item * 8);
+#endif
 #pragma unroll
         for (int a = 0; a < TOP_K; ++a) {
             row[a] = (int)load_4(place + token * TOP_K + a);
@@ -132,7 +142,9 @@ moe_combine(const u16* x, const float* probs, const int* place, const u16* y, u1
 #pragma unroll
     for (int a = 0; a < TOP_K; ++a) v[a] = load_16(y + (long)row[a] * HIDDEN + chunk * 8);
     float sum[8] = {};
+#if RESIDUAL
     add_scaled(sum, own, 1.f);
+#endif
 #pragma unroll
     for (int a = 0; a < TOP_K; ++a) add_scaled(sum, v[a], share[a]);
     *(uint4*)(out + (long)item * 8) = make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),

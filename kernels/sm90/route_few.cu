@@ -4,6 +4,10 @@
 // experts), experts fastest. `keys` [ALL_TOKENS, E] holds the logits' keys, zero before and behind the kernel: each block
 // leaves its own there, and the last block of a group of tokens waits until it sees them all. Blocks start in order, so it
 // waits only for blocks that run.
+//
+// COLLECT, with several ranks: x is a residual and what comes into this rank's slots (BATCH pairs of columns at a time). Every
+// block adds that up for its tokens, the first of a group of tokens stores it in sum.
+#include "exchange.cuh"
 #include "gemv.cuh"
 #include "route.cuh"
 
@@ -35,13 +39,26 @@ DEVICE void collect(u32 (&key)[KEYS], u32* keys, int lane) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) route_few(
-    const char* weight, const u16* x, const u16* norm_weight, const u16* bias, float* probs, int* ids, u32* keys) {
+    const char* weight,
+#if COLLECT
+    const u64* partial, const u16* stream,
+#else
+    const u16* x,
+#endif
+    const u16* norm_weight, const u16* bias,
+#if COLLECT
+    const Header* exchange, u32* sum,
+#endif
+    float* probs, int* ids, u32* keys) {
     extern __shared__ __align__(128) char memory[];
     __shared__ Sums sums;
     const Place at = my_place();
     const u32 x_shared = shared_address(memory), norm_shared = x_shared + TOKENS * K * 2;
     const int block = blockIdx.x % (E / 8), first = blockIdx.x / (E / 8) * TOKENS;
 
+#if COLLECT
+    const u32 ranks = load_4(&exchange->ranks);
+#endif
     Ring ring;
     const Rows mine = my_rows(weight, block, at);
     fill_ring(ring, mine, at);
@@ -50,10 +67,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) route_few(
 
     wait_for_previous();
     trigger_next();  // late: who starts behind this kernel may read what was written before it, without a wait
+#if COLLECT
+    constexpr int PAIRS = K / 2;
+    const int begin = first * PAIRS;
+    collect<BATCH, 2, THREADS>(partial, ALL_TOKENS * PAIRS, stream, begin + threadIdx.x,
+                               min(first + TOKENS, ALL_TOKENS) * PAIRS, exchange, ranks,
+                               [&](int item, u32 pair) {
+                                   store_shared_4(x_shared + (item - begin) * 4, pair);
+                                   if (block == 0) sum[item] = pair;
+                               });
+#else
     int row[TOKENS];
 #pragma unroll
     for (int j = 0; j < TOKENS; ++j) row[j] = min(first + j, ALL_TOKENS - 1);
     copy_tokens(x_shared, x, row);
+#endif
     wait_for_copies();
     __syncthreads();
     multiply(sums, ring, mine, x_shared, norm_shared, at);

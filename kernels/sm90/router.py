@@ -41,24 +41,30 @@ def few_tokens(target: Target, tokens: int, experts: int) -> int:
 
 
 def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    """Few tokens: a block has 8 experts and up to 8 tokens, and the last block of those tokens chooses. Many: a block has
+    """norm_route, or reduce_norm_route where x comes into the slots `partial`.
+
+    Few tokens: a block has 8 experts and up to 8 tokens, and the last block of those tokens chooses. Many: a block has
     all experts and 16 to 64 tokens, fewer where there would be too few blocks."""
-    (tokens, columns), experts = tensor(operands, "x").shape, tensor(operands, "weight").shape[0]
+    collect = "partial" in operands
+    (tokens, columns), experts = tensor(operands, "residual" if collect else "x").shape, tensor(operands, "weight").shape[0]
     top_k = integer(operands, "top_k")
     defines: dict[str, int | float | str] = {"E": experts, "ALL_TOKENS": tokens, "TOP_K": top_k,
                                              "EPS": number(operands, "eps")}
-    args = ("weight", "x", "norm_weight", "bias", "out0", "out1")
+    args: tuple[str, ...] = ("weight", "x", "norm_weight", "bias", "out0", "out1")
     moved, flops = total_bytes(*operands.values()) + 8 * tokens * top_k, 2 * tokens * experts * columns
     preloads = ("weight", "norm_weight", "bias")
     if tokens <= FEW_TOKENS:
         parts = cdiv(columns // gemv.STEP, 9)
         few = few_tokens(target, tokens, experts)
-        shape = gemv.Shape(8, parts, cdiv(columns // gemv.STEP, parts), min_blocks=2 if parts <= 6 else 1)
+        shape = gemv.Shape(8, parts, cdiv(columns // gemv.STEP, parts), min_blocks=2 if parts <= 6 and not collect else 1)
+        defines |= {**shape.defines(columns, few), "NORM": 1, "EXACT": 1, "COLLECT": int(collect)}
+        if collect:
+            defines |= {"BATCH": gemv.batch_of(shape, few * columns // 2)}
+            args = ("weight", "partial", "residual", "norm_weight", "bias", "exchange", "out0", "out1", "out2")
         return (cuda_launch(
-            "route_few.cu", "route_few", {**defines, **shape.defines(columns, few), "NORM": 1, "EXACT": 1},
-            (*args, "scratch0"), grid=experts // 8 * cdiv(tokens, few), threads=shape.threads,
-            shared=gemv.shared_bytes(columns, few, True), scratch=(TensorSpec((tokens, experts), "i32"),), zeroed=(0,),
-            preloads=preloads, late_trigger=True, moved=moved, flops=flops),)
+            "route_few.cu", "route_few", defines, (*args, "scratch0"), grid=experts // 8 * cdiv(tokens, few),
+            threads=shape.threads, shared=gemv.shared_bytes(columns, few, True),
+            scratch=(TensorSpec((tokens, experts), "i32"),), zeroed=(0,), preloads=preloads, late_trigger=True, moved=moved, flops=flops),)
     wide = next((n for n in (64, 32) if cdiv(tokens, n) >= target.processors // 2), 16)
     return (cuda_launch(
         "route_tiled.cu", "route_tiled", {**defines, "K": columns, "TOKENS": wide, "TURN": _turn(columns, wide)}, args,

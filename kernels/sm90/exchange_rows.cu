@@ -1,0 +1,92 @@
+// out[i] = residual[row] + the sum of the ranks' partial[row], in rank order in fp32, rounded once; row = i, with GATHER
+// rows[i].
+//
+// Macros: ROWS of out, COLUMNS (a multiple of 8), GATHER; SHARE: each rank sums its share of the rows and stores them in out
+// on every rank (out is in the exchange area); else each sums all rows for itself. DONE: waits in the end until all ranks
+// have finished, which SHARE needs, and without it whoever overwrites partial within the step. CHUNKS of 8 columns that a
+// thread has in flight of TOGETHER ranks; THREADS, MIN_BLOCKS.
+#include "exchange.cuh"
+
+constexpr int ROW_CHUNKS = COLUMNS / 8;
+static_assert(COLUMNS % 8 == 0 && (DONE || !SHARE) && !(SHARE && GATHER), "");
+
+DEVICE void add(float (&sum)[8], uint4 v) {
+    const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        sum[2 * i] += low_bf16(pairs[i]);
+        sum[2 * i + 1] += high_bf16(pairs[i]);
+    }
+}
+DEVICE uint4 rounded(const float (&x)[8]) {
+    return make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+exchange_rows(const u16* partial, const u16* residual,
+#if GATHER
+              const int* rows,
+#endif
+              const Header* exchange, Flags* flags,
+#if DONE
+              u32* counter,
+#endif
+              u16* out) {
+    __shared__ Header known;
+    trigger_next();  // the next kernel starts when all blocks of this one run, and takes no place from them
+    copy_header(known, exchange);
+    wait_for_copies();
+    __syncthreads();
+    const Ranks ranks{exchange, known};
+    wait_for_previous();
+    const u32 tag = tag_of(exchange), count = ranks.count();
+    await_ready(flags, tag, ranks);
+
+    const int first = SHARE ? (int)(ROWS * ranks.own() / count) * ROW_CHUNKS : 0;
+    const int end = SHARE ? (int)(ROWS * (ranks.own() + 1) / count) * ROW_CHUNKS : ROWS * ROW_CHUNKS;
+#pragma unroll 1
+    for (int start = first + blockIdx.x * (CHUNKS * THREADS) + threadIdx.x; start < end;
+         start += gridDim.x * (CHUNKS * THREADS)) {
+        int place[CHUNKS];  // in partial and residual
+        uint4 own[CHUNKS];
+        float sum[CHUNKS][8] = {};
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+            const int chunk = start + i * THREADS;
+            place[i] = chunk;
+#if GATHER
+            place[i] = chunk < end ? (int)load_4(rows + chunk / ROW_CHUNKS) * ROW_CHUNKS + chunk % ROW_CHUNKS : 0;
+#endif
+            own[i] = chunk < end ? load_16(residual + (u64)place[i] * 8) : uint4{};
+        }
+#pragma unroll 1
+        for (u32 r = 0; r < count; r += TOGETHER) {
+            uint4 v[TOGETHER][CHUNKS];
+#pragma unroll
+            for (int k = 0; k < TOGETHER; ++k)
+#pragma unroll
+                for (int i = 0; i < CHUNKS; ++i)
+                    v[k][i] = r + k < count && start + i * THREADS < end
+                                  ? load_system_16(ranks.at(r + k, partial) + (u64)place[i] * 8) : uint4{};
+#pragma unroll
+            for (int k = 0; k < TOGETHER; ++k)
+#pragma unroll
+                for (int i = 0; i < CHUNKS; ++i) add(sum[i], v[k][i]);
+        }
+#pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+            add(sum[i], own[i]);
+            own[i] = rounded(sum[i]);
+        }
+#pragma unroll 1
+        for (u32 r = 0; r < (SHARE ? count : 1); ++r) {
+            u16* to = (SHARE ? ranks.at(r, out) : out) + (u64)start * 8;
+#pragma unroll
+            for (int i = 0; i < CHUNKS; ++i)
+                if (start + i * THREADS < end) store_16(to + i * THREADS * 8, own[i]);
+        }
+    }
+#if DONE
+    await_done(flags, tag, ranks, counter);
+#endif
+}
