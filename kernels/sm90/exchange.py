@@ -77,7 +77,7 @@ def sum_launch(target: Target, operands: Mapping[str, Operand], *, into: str = "
     """residual + the sum of the ranks' partial sums, or its `rows` if there are any, goes to the output or common buffer.
 
     share: the buffer is in the exchange area if there are more than ONE_SHOT_TOKENS tokens, so that each rank sums up its
-    rows and gives them to all; else each sums up all, and then waits for the others, which may still read.
+    rows and gives them to all. Else each sums up all.
     """
     residual, partial, rows = tensor(operands, "residual"), tensor(operands, "partial"), operands.get("rows")
     tokens, columns = residual.shape
@@ -92,15 +92,14 @@ def sum_launch(target: Target, operands: Mapping[str, Operand], *, into: str = "
                            {**defines, "SLOT_ROWS": tokens, "THREADS": SLOT_THREADS}, (*args, into), common=common,
                            grid=cdiv(out.bytes // 4, SLOT_THREADS), threads=SLOT_THREADS,
                            moved=2 * out.bytes + 2 * partial.bytes)
-    done = tokens > ONE_SHOT_TOKENS
-    share, chunks = share and done, out.bytes // 16
+    share, chunks = share and tokens > ONE_SHOT_TOKENS, out.bytes // 16
     each = 4 if chunks > BLOCKS * target.processors * ROW_THREADS else 1
-    defines |= {"SHARE": int(share), "DONE": int(done), "CHUNKS": each, "TOGETHER": IN_FLIGHT // each,
-                "THREADS": ROW_THREADS, "MIN_BLOCKS": BLOCKS}
-    counter = (TensorSpec((1,), "i32"),) if done else ()
-    args += ["flags", *(["scratch0"] if done else []), into]
+    defines |= {"SHARE": int(share), "CHUNKS": each, "TOGETHER": IN_FLIGHT // each, "THREADS": ROW_THREADS,
+                "MIN_BLOCKS": BLOCKS}
+    counter = (TensorSpec((1,), "i32"),) if share else ()
+    args += ["flags", *(["scratch0"] if share else []), into]
     return cuda_launch("exchange_rows.cu", "exchange_rows", defines, args, common=common, scratch=counter,
-                       zeroed=(0,) if done else (), threads=ROW_THREADS, moved=4 * out.bytes,
+                       zeroed=(0,) if share else (), threads=ROW_THREADS, moved=4 * out.bytes,
                        grid=min(cdiv(chunks, each * ROW_THREADS), BLOCKS * target.processors))
 
 

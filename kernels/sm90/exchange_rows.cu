@@ -1,14 +1,14 @@
 // out[i] = residual[row] + the sum of the ranks' partial[row], in rank order in fp32, rounded once; row = i, with GATHER
 // rows[i].
 //
-// Macros: ROWS of out, COLUMNS (a multiple of 8), GATHER; SHARE: each rank sums its share of the rows and stores them in out
-// on every rank (out is in the exchange area); else each sums all rows for itself. DONE: waits in the end until all ranks
-// have finished, which SHARE needs, and without it whoever overwrites partial within the step. CHUNKS of 8 columns that a
-// thread has in flight of TOGETHER ranks; THREADS, MIN_BLOCKS.
+// Macros: ROWS of out, COLUMNS (a multiple of 8), GATHER; CHUNKS of 8 columns that a thread has in flight of TOGETHER ranks;
+// THREADS, MIN_BLOCKS. SHARE: each rank sums its share of the rows and stores them in out on every rank, where it is in the
+// exchange area; the kernel ends when all have. Else each sums all rows for itself, and partial must last until the step
+// ends, since peers may still read it.
 #include "exchange.cuh"
 
 constexpr int ROW_CHUNKS = COLUMNS / 8;
-static_assert(COLUMNS % 8 == 0 && (DONE || !SHARE) && !(SHARE && GATHER), "");
+static_assert(COLUMNS % 8 == 0 && !(SHARE && GATHER), "");
 
 DEVICE void add(float (&sum)[8], uint4 v) {
     const u32 pairs[4] = {v.x, v.y, v.z, v.w};
@@ -28,7 +28,7 @@ exchange_rows(const u16* partial, const u16* residual,
               const int* rows,
 #endif
               const Header* exchange, Flags* flags,
-#if DONE
+#if SHARE
               u32* counter,
 #endif
               u16* out) {
@@ -86,7 +86,7 @@ exchange_rows(const u16* partial, const u16* residual,
                 if (start + i * THREADS < end) store_16(to + i * THREADS * 8, own[i]);
         }
     }
-#if DONE
+#if SHARE
     await_done(flags, tag, ranks, counter);
 #endif
 }

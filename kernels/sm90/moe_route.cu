@@ -110,8 +110,8 @@ DEVICE void add_scaled(float (&sum)[8], uint4 v, float factor) {
     }
 }
 
-// out = x (with RESIDUAL) + sum over a of probs[a] y[place[a]]; a thread eight columns of one token. All but y is read before
-// the wait: the kernel that makes y lets this one start only when those before it have ended.
+// out = x (with RESIDUAL) + sum over a of probs[a] y[place[a]]; a thread eight columns of one token. All but y is read
+// before the wait: the kernel that makes y lets this one start only when those before it have ended.
 extern "C" __global__ void __launch_bounds__(THREADS)
 moe_combine(
 #if RESIDUAL

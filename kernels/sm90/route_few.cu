@@ -5,8 +5,8 @@
 // leaves its own there, and the last block of a group of tokens waits until it sees them all. Blocks start in order, so it
 // waits only for blocks that run.
 //
-// COLLECT, with several ranks: x is a residual and what comes into this rank's slots (BATCH pairs of columns at a time). Every
-// block adds that up for its tokens, the first of a group of tokens stores it in sum.
+// COLLECT, with several ranks: x is a residual and what comes into this rank's slots (BATCH pairs of columns at a time).
+// Every block adds that up for its tokens, the first of a group of tokens stores it in sum.
 #include "exchange.cuh"
 #include "gemv.cuh"
 #include "route.cuh"

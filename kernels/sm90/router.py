@@ -64,7 +64,8 @@ def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, .
         return (cuda_launch(
             "route_few.cu", "route_few", defines, (*args, "scratch0"), grid=experts // 8 * cdiv(tokens, few),
             threads=shape.threads, shared=gemv.shared_bytes(columns, few, True),
-            scratch=(TensorSpec((tokens, experts), "i32"),), zeroed=(0,), preloads=preloads, late_trigger=True, moved=moved, flops=flops),)
+            scratch=(TensorSpec((tokens, experts), "i32"),), zeroed=(0,), preloads=preloads, late_trigger=True, moved=moved,
+            flops=flops),)
     wide = next((n for n in (64, 32) if cdiv(tokens, n) >= target.processors // 2), 16)
     return (cuda_launch(
         "route_tiled.cu", "route_tiled", {**defines, "K": columns, "TOKENS": wide, "TURN": _turn(columns, wide)}, args,

@@ -111,7 +111,6 @@ def test_every_share_has_its_kernels(tokens: int) -> None:
             assert all("x" not in launch.args and "exchange" not in launch.args for launch in rest), "one exchange, in front"
             defines = dict(first.source.defines)
             if tokens > FEW_TOKENS:
-                assert defines["DONE"] == (tokens > ONE_SHOT_TOKENS)
                 assert defines["SHARE"] == (tokens > ONE_SHOT_TOKENS and op != "reduce_norm_head")
         last = dict(found["reduce_norm_linear"][-1].source.defines)
         assert found["reduce_norm_linear"][-1].args[-1] == "out1" and last.get("FLOAT_OUT", 0) == 0
