@@ -23,8 +23,6 @@ from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.exchange_area import check_equal
 from gptoss_compile.ir import Dumper, print_graph
-from gptoss_compile.kernels import exchange
-from gptoss_compile.kernels.registry import SPECS
 from gptoss_compile.kernels.spec import Launch
 from gptoss_compile.launch_plan import LARGEST_SCALE, LaunchPlan, Weight
 from gptoss_compile.pack import add_weights, check_mode
@@ -40,6 +38,7 @@ from gptoss_compile.trace import DTYPES, Geometry, trace_model
 from gptoss_compile.verify import verify
 
 PAGE_SIZE = 16  # tokens a page of the KV cache
+EXCHANGE_TARGETS = ("sm90",)  # GPUs with kernels for what ranks exchange
 GPU_BUCKETS = (*(Bucket.decode(b) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256)), Bucket.extend(512, 64),
                Bucket.extend(2048, 64))
 CPU_BUCKETS = (Bucket.decode(1), Bucket.decode(8), Bucket.extend(64, 9, 16), Bucket.extend(256, 1, 16))
@@ -184,10 +183,14 @@ def _check_ranks(config: ModelConfig, request: Request) -> None:
     if request.ranks < 1:
         raise CompileError(f"--tp {request.ranks}: the number of GPUs must be at least 1")
     rank_config(config, 0, request.ranks, request.target)
-    missing = [name for name in exchange.OPERATORS if all(spec.op != name for spec in SPECS)]
-    if request.ranks > 1 and request.target.is_gpu and missing:
-        raise CompileError(f"--tp {request.ranks}: there are no GPU kernels yet for what several ranks exchange "
-                           f"({', '.join(missing)}); compile with --tp 1, or for the cpu target")
+    if request.ranks == 1 or not request.target.is_gpu:
+        return
+    if request.target.name not in EXCHANGE_TARGETS:
+        raise CompileError(f"--tp {request.ranks}: kernels that exchange are there for {', '.join(EXCHANGE_TARGETS)} alone, "
+                           f"not for {request.target.name} yet; compile with --tp 1, or for the cpu target")
+    if config.expert_format != "mxfp4":
+        raise CompileError(f"--tp {request.ranks}: kernels that exchange take MXFP4 experts, the model's are BF16; compile "
+                           "with --tp 1, or for the cpu target")
 
 
 Generated = tuple[dict[Context, LaunchPlan], list[tuple[str, bytes]]]

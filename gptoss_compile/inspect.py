@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-MEMORY = ("weights", "arena", "workspace", "kv_cache_per_page")
+MEMORY = ("weights", "arena", "workspace", "exchange", "kv_cache_per_page")
 
 
 def report(artifact: Artifact) -> dict[str, Any]:
@@ -49,6 +49,7 @@ def _share(artifact: Artifact, rank: int) -> dict[str, int]:
     return {"query_heads": config.num_heads, "kv_heads": config.num_kv_heads, "intermediate": config.intermediate,
             "vocabulary": stop - start, "weights": sum(map(_weight_bytes, artifact.recipes(rank))),
             "arena": max(plan.arena_bytes for plan in plans), "workspace": max(plan.workspace_bytes for plan in plans),
+            "exchange": max(plan.exchange_bytes for plan in plans),
             "kv_cache_per_page": sum(c.bytes // c.shape[0] for c in plans[0].caches)}
 
 

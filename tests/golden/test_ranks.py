@@ -25,6 +25,7 @@ from gptoss_compile.launch_plan import LaunchPlan, Step
 from gptoss_compile.passes.base import Context
 from gptoss_compile.pipeline import run_passes
 from gptoss_compile.plan import make_plan
+from gptoss_compile.target import Target
 from gptoss_compile.testing import shard, with_merged
 from gptoss_compile.trace import Geometry, trace_model
 
@@ -144,6 +145,33 @@ def test_an_artifact_of_two_ranks(tmp_path: Path, seed: int, capsys: pytest.Capt
     assert [share["intermediate"] for share in shares] == [32 * 2, 32]
     assert [share["kv_heads"] for share in shares] == [2, 1]
     assert inspect_main([str(artifact.path)]) == 0 and "what each rank has" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_artifact_of_two_gpus(tmp_path: Path, seed: int) -> None:
+    """Compiled for Hopper, with few, some and many tokens a step; here its plans are interpreted. There is what each rank's
+    GPU must compute, and where the ranks hold the same it is the same bit for bit."""
+    config = dataclasses.replace(config_for(2, "mxfp4", seed), hidden=192, intermediate=3 * 192, head_dim=64, num_experts=8,
+                                 vocab_size=1040)
+    buckets = (DECODE, EXTEND, Bucket.extend(80, 2))
+    checkpoint = Checkpoint.random(config, seed)
+    artifact = compile_checkpoint(checkpoint, None, Request(Target.parse("sm90"), buckets=buckets, max_context=MAX_CONTEXT,
+                                                            ranks=2), tmp_path / "artifact")
+    check_shares(artifact, checkpoint)
+    shares = report(artifact)["shares"]
+    assert [share["intermediate"] for share in shares] == [2 * 192, 192]
+    assert shares[0]["exchange"] == shares[1]["exchange"] > 0
+    same = {"reduce_norm_linear": (0,), "reduce_norm_route": (0, 1, 2), "all_gather": (0,), "embed": (0,)}
+    for bucket in buckets:
+        first, second = expected_step(artifact, bucket, tensors_of(artifact), seed)
+        assert first.keys() == second.keys() and {name for name in first if name.endswith(".change")}
+        for number, step in enumerate(artifact.plan(bucket)["steps"]):
+            assert all(f"step.{number}.{i}" in first for i, out in enumerate(step["outputs"]) if out["place"] != "cache")
+            for index in same.get(step["op"], ()):
+                name = f"step.{number}.{index}"
+                assert np.array_equal(first[name], second[name]), (bucket.name, step["op"], index)
+            if step["op"].endswith("_partial"):
+                assert not np.array_equal(first[f"step.{number}.0"], second[f"step.{number}.0"])
 
 
 def check_shares(artifact: Artifact, checkpoint: Checkpoint) -> list[dict[str, np.ndarray]]:
