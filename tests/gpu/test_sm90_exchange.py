@@ -1,0 +1,277 @@
+"""sm90's kernels of several ranks, each rank on a GPU of its own, against their twins in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptoss_compile.dialect import exchanged
+from gptoss_compile.kernels.exchange import FEW_TOKENS, ONE_SHOT_TOKENS, added
+
+from .harness import error, run_kernel
+from .ranks import At, Call, Group
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = 4e-3  # of outputs rounded to bf16
+EPS, TOP_K = 1e-5, 4
+# hidden, a rank's columns of o, rows of qkv, experts, all columns of the logits
+LARGE, SMALL = (2880, 2048, 2560, 128, 4096), (576, 128, 384, 40, 1003)
+SUMS = [*((LARGE, tokens) for tokens in (1, 2, 3, 4, 5, 20, 64, 65, 512)), *((SMALL, tokens) for tokens in (1, 4, 8, 130))]
+Size = tuple[int, int, int, int, int]
+
+
+@pytest.fixture(params=[2, 4, 8])
+def ranks(request: pytest.FixtureRequest) -> int:
+    count: int = request.param
+    return count
+
+
+def randn(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).bfloat16()
+
+
+def twin(op: str, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """In fp32, on the host."""
+    host = {k: v.cpu().float() if isinstance(v, Tensor) and v.dtype == torch.bfloat16 else
+            v.cpu() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    result = getattr(torch.ops.gptoss, op)(**host)
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+
+def room(ranks: int, tokens: int, size: Size) -> int:
+    return (1 << 20) + ranks * size[0] * 8 * 8 + tokens * (4 * size[0] + 4 * size[4]) * 2
+
+
+def place_partial(group: Group, tokens: int, hidden: int) -> At:
+    few = tokens <= FEW_TOKENS
+    return group.place((tokens, hidden), torch.float32 if few else torch.bfloat16, slots=few)
+
+
+def partials(group: Group, at: At) -> list[Tensor]:
+    """The ranks' partial sums; where they are pushed, all ranks must have the same."""
+    if at.shape[0] > FEW_TOKENS:
+        return [group.read(rank, at).cpu() for rank in range(len(group.ranks))]
+    first, *others = ([part.cpu() for part in group.read_slots(rank, at)] for rank in range(len(group.ranks)))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    return first
+
+
+def o_arguments(tokens: int, size: Size) -> dict[str, Tensor]:
+    hidden, columns, *_ = size
+    return {"x": randn(tokens, columns), "weight": randn(hidden, columns, scale=columns**-0.5), "bias": randn(hidden)}
+
+
+def consumer_arguments(op: str, size: Size, rows: Tensor | None) -> dict[str, Any]:
+    hidden, _, width, experts, vocabulary = size
+    features = {"reduce_norm_linear": width, "reduce_norm_route": experts, "reduce_norm_head": vocabulary // 2 // 8 * 8}[op]
+    weight = randn(features, hidden, scale=hidden**-0.5)
+    found: dict[str, Any] = {"norm_weight": 1 + randn(hidden, scale=0.3), "weight": weight}
+    if op == "reduce_norm_head":
+        return {"rows": rows, **found, "eps": EPS}
+    return {**found, "bias": randn(features), "eps": EPS, **({"top_k": TOP_K} if op == "reduce_norm_route" else {})}
+
+
+def chain(group: Group, op: str, tokens: int, size: Size, rows: Tensor | None = None) -> tuple[Call, Call, At, Tensor]:
+    """(linear_partial, what consumes it, where the partial sums are, the residual)."""
+    partial, residual = place_partial(group, tokens, size[0]), randn(tokens, size[0])
+    count = len(group.ranks)
+    producer = Call(group, "linear_partial", [o_arguments(tokens, size) for _ in range(count)], {0: partial})
+    peers_write = tokens > ONE_SHOT_TOKENS and op != "reduce_norm_head"
+    outputs = {0: group.place(residual.shape, torch.bfloat16)} if peers_write else {}
+    arguments = {"partial": partial, "residual": residual, **consumer_arguments(op, size, rows)}
+    return producer, Call(group, op, [arguments] * count, outputs), partial, residual
+
+
+def check_sums(group: Group, op: str, tokens: int, size: Size, rows: Tensor | None = None) -> None:
+    torch.manual_seed(tokens)
+    count, (producer, consumer, partial, residual) = len(group.ranks), chain(group, op, tokens, size, rows)
+    for call in (producer, consumer):
+        call.poison()
+    producer.launch()
+    consumer.launch()
+    group.wait(10)
+    parts = partials(group, partial)
+    for rank, part in enumerate(parts):
+        assert error(part, twin("linear_partial", producer.given[rank])[0]) < TOLERANCE, f"the partial sums of rank {rank}"
+    x = added(exchanged("sum", parts), residual)
+    rest = {name: value for name, value in consumer.given[0].items() if name not in ("partial", "residual")}
+    expected = twin(op.removeprefix("reduce_"), {"x": x, **rest})
+    for rank in range(count):
+        got = [out.cpu() for out in consumer.all_outputs(rank)]
+        if op != "reduce_norm_head":
+            assert torch.equal(got.pop(0), x), f"the sum on rank {rank}"
+        for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+            if b.dtype == torch.int32:
+                assert (a == b).float().mean() > 0.99, f"experts of rank {rank}"  # near ties aside
+            else:
+                assert error(a, b) < TOLERANCE, f"result {i} of rank {rank}"
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(
+            consumer.all_outputs(rank), consumer.all_outputs(0), strict=True)), f"rank {rank} and rank 0 differ"
+    assert consumer.counters_are_zero()
+
+
+@pytest.mark.parametrize("op", ["reduce_norm_linear", "reduce_norm_route", "reduce_norm_head"])
+@pytest.mark.parametrize(("size", "tokens"), SUMS)
+def test_sums(ranks: int, op: str, size: Size, tokens: int) -> None:
+    check_sums(Group(ranks, room(ranks, tokens, size)), op, tokens, size)
+
+
+@pytest.mark.parametrize("tokens", [4, 20, 64, 130, 512])
+def test_rows_of_the_head(ranks: int, tokens: int) -> None:
+    rows = torch.randint(tokens, (3,), dtype=torch.int32)
+    check_sums(Group(ranks, room(ranks, tokens, SMALL)), "reduce_norm_head", tokens, SMALL, rows)
+
+
+def experts(count: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    groups = (count, rows, columns // 32)
+    return (torch.randint(256, (*groups, 16), dtype=torch.uint8), torch.randint(115, 121, groups, dtype=torch.uint8),
+            randn(count, rows))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 70])
+def test_partial_sums_of_experts(ranks: int, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    hidden, inner, count = 576, 384, 8
+    group, few = Group(ranks, 8 << 20), tokens <= FEW_TOKENS
+    partial, given = place_partial(group, tokens, hidden), []
+    for _ in range(ranks):
+        own = {"ids": torch.rand(tokens, count).topk(TOP_K).indices.int(), "probs": torch.rand(tokens, TOP_K).softmax(-1)}
+        down = experts(count, hidden, inner)
+        if few:
+            given.append({"h": randn(tokens, TOP_K, inner), **own, "weight": down[0], "scales": down[1], "bias": down[2]})
+        else:
+            up = experts(count, 2 * inner, hidden)
+            given.append({"x": randn(tokens, hidden), "norm_weight": 1 + randn(hidden, scale=0.3), **own, "up": up[0],
+                          "up_scales": up[1], "up_bias": up[2], "down": down[0], "down_scales": down[1],
+                          "down_bias": down[2], "eps": EPS, "alpha": 1.702, "limit": 7.0})
+    op = "moe_down_partial" if few else "moe_grouped_partial"
+    call = Call(group, op, given, {0: partial})
+    call.poison()
+    call.launch()
+    group.wait(10)
+    for part, arguments in zip(partials(group, partial), given, strict=True):
+        assert error(part, twin(op, arguments)[0]) < (TOLERANCE if few else 2 * TOLERANCE)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_gate_up_behind_the_kernel_that_makes_x(tokens: int) -> None:
+    torch.manual_seed(tokens)
+    weight, scales, bias = experts(8, 768, 576)
+    arguments = {"x": randn(tokens, 576), "norm_weight": 1 + randn(576, scale=0.3),
+                 "ids": torch.rand(tokens, 8).topk(TOP_K).indices.int(), "weight": weight, "scales": scales, "bias": bias,
+                 "eps": EPS, "alpha": 1.702, "limit": 7.0, "early": 0}
+    (got,) = run_kernel("moe_gate_up", arguments, "sm90_moe_gate_up_pair")
+    assert error(got, twin("moe_gate_up", arguments)[0]) < 2 * TOLERANCE
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1003), (7, 1003), (1, 201088), (5, 201088)])
+def test_all_gather(ranks: int, rows: int, columns: int) -> None:
+    group = Group(ranks, (1 << 20) + rows * columns * 4)
+    bounds = [-(-columns * r // ranks) for r in range(ranks + 1)]
+    parts = [torch.randn(rows, bounds[r + 1] - bounds[r]) for r in range(ranks)]
+    offset = group.place((rows, -(-columns // ranks)), torch.float32).offset
+    for rank, part in enumerate(parts):
+        group.read(rank, At(offset, part.shape, part.dtype)).copy_(part)
+    call = Call(group, "all_gather", [{"x": At(offset, part.shape, part.dtype), "columns": columns} for part in parts])
+    for step in (1, 2):
+        assert [group.step(rank) for rank in range(ranks)] == [step] * ranks
+        call.poison()
+        call.launch()
+        group.wait(10)
+        for rank in range(ranks):
+            assert torch.equal(call.output(rank, 0).cpu(), torch.cat(parts, -1))
+    assert call.counters_are_zero()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20, 130])
+def test_a_hundred_steps(ranks: int, tokens: int) -> None:
+    """o, qkv, another o on a part of that, lm_head, all_gather, in a queue of 100 steps whose inputs differ: what one step
+    left behind serves no other, and no rank runs away."""
+    torch.manual_seed(tokens)
+    steps, (hidden, _, width, _, vocabulary) = 100, SMALL
+    group = Group(ranks, 4 * room(ranks, tokens, SMALL))
+    producer, middle, _, _ = chain(group, "reduce_norm_linear", tokens, SMALL)
+    again, own = place_partial(group, tokens, hidden), -(-vocabulary // ranks) // 8 * 8
+    second = Call(group, "linear_partial", [{**o_arguments(tokens, SMALL), "x": randn(tokens, 128)} for _ in range(ranks)],
+                  {0: again})
+    logits = group.place((tokens, own), torch.float32)
+    head = {"norm_weight": randn(hidden), "weight": randn(own, hidden, scale=hidden**-0.5)}
+    last = Call(group, "reduce_norm_head", [{"partial": again, "residual": randn(tokens, hidden), "rows": None, **head,
+                                             "eps": EPS}] * ranks, {0: logits})
+    gather = Call(group, "all_gather", [{"x": logits, "columns": own * ranks}] * ranks)
+    inputs = [randn(steps, tokens, 128).to(f"cuda:{r}") for r in range(ranks)]
+    found = [(torch.empty(steps, tokens, width, dtype=torch.bfloat16, device=x.device),
+              torch.empty(steps, tokens, own * ranks, device=x.device)) for x in inputs]
+    group.synchronize()
+    for step in range(steps):
+        for rank in group.ranks:
+            rank.copy(producer.buffers[rank.number]["x"], inputs[rank.number][step])
+            rank.copy(second.buffers[rank.number]["x"], inputs[rank.number][(7 * step + 3) % steps])
+        for call in (producer, middle, second, last, gather):
+            call.launch()
+        for rank in group.ranks:
+            rank.copy(found[rank.number][0][step], middle.output(rank.number, 1))
+            rank.copy(found[rank.number][1][step], gather.output(rank.number, 0))
+    group.wait(30)
+    assert not group.reports.any() and [group.step(r) for r in range(ranks)] == [steps + 1] * ranks
+    for step in range(steps):
+        x = given_sum(producer, [x[step] for x in inputs], middle.given[0])
+        y = given_sum(second, [x[(7 * step + 3) % steps] for x in inputs], last.given[0])
+        given = middle.given[0]
+        wanted = (*twin("norm_linear", {"x": x, **{k: given[k] for k in ("norm_weight", "weight", "bias")}, "eps": EPS}),
+                  *twin("norm_head", {"x": y, "rows": None, **head, "eps": EPS}))
+        for rank in range(ranks):
+            assert error(found[rank][0][step].cpu(), wanted[0]) < 2 * TOLERANCE, f"step {step}, rank {rank}"
+            assert error(found[rank][1][step].cpu(), wanted[1].repeat(1, ranks)) < 2 * TOLERANCE, f"step {step}, rank {rank}"
+            assert all(torch.equal(a[step].cpu(), b[step].cpu()) for a, b in zip(found[rank], found[0], strict=True))
+
+
+def given_sum(producer: Call, inputs: list[Tensor], consumer: Mapping[str, Any]) -> Tensor:
+    """residual + the sum of the ranks' products, in fp32."""
+    parts = [x.cpu().float() @ given["weight"].float().T + given["bias"].float()
+             for x, given in zip(inputs, producer.given, strict=True)]
+    return torch.stack(parts).sum(0) + consumer["residual"].float()
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 20, 130])
+def test_a_rank_that_does_not_come(tokens: int) -> None:
+    """The others give up, say for whom they waited, and then wait no more."""
+    group = Group(2, room(2, tokens, SMALL), limit_ms=300)
+    producer, consumer, _, _ = chain(group, "reduce_norm_linear", tokens, SMALL)
+    for call in (producer, consumer):
+        call.launch([0])
+    assert group.wait(1.3) > 0.2
+    assert group.reports[:, 0].tolist() == [2, 0]
+    consumer.launch([0])
+    assert group.wait(1.0) < 0.2
+
+
+def test_time_of_a_two_shot_sum(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 8,192 rows of 2,880 over two ranks, behind the time of what separates the steps."""
+    tokens, rounds = 8192, 20
+    group = Group(2, 256 << 20)
+    _, consumer, _, _ = chain(group, "reduce_norm_linear", tokens, (2880, 64, 64, 40, 1003))
+    consumer.calls = [calls[:1] for calls in consumer.calls]  # the exchange alone
+    gather = Call(group, "all_gather", [{"x": group.place((1, 8), torch.float32), "columns": 16}] * 2)
+
+    def microseconds(*calls: Call) -> float:
+        events = [[rank.new_event() for _ in range(2)] for rank in group.ranks]
+        for repeat in range(rounds + 5):
+            for rank, (start, _) in zip(group.ranks, events, strict=True):
+                if repeat == 5:
+                    rank.record(start)
+            for call in calls:
+                call.launch()
+        for rank, (_, end) in zip(group.ranks, events, strict=True):
+            rank.record(end)
+        group.wait(10)
+        return max(rank.milliseconds(*pair) for rank, pair in zip(group.ranks, events, strict=True)) / rounds * 1e3
+
+    both, alone = microseconds(consumer, gather), microseconds(gather)
+    with capsys.disabled():
+        print(f"\ntwo-shot sum of 8,192 x 2,880 over 2 ranks: {both - alone:.0f} us (all_gather {alone:.1f} us)")
+    assert both - alone < 250
