@@ -76,18 +76,6 @@ class Rank:
         self.use()
         self.check(self.api.cuMemcpyDtoDAsync(target.data_ptr(), source.data_ptr(), source.nbytes, self.stream))
 
-    def new_event(self) -> Any:
-        self.use()
-        return self.check(self.api.cuEventCreate(0))
-
-    def record(self, event: Any) -> None:
-        self.use()
-        self.check(self.api.cuEventRecord(event, self.stream))
-
-    def milliseconds(self, start: Any, end: Any) -> float:
-        self.use()
-        return float(self.check(self.api.cuEventElapsedTime(start, end)))
-
     def ended(self) -> bool:
         self.use()
         (status,) = self.api.cuStreamQuery(self.stream)
@@ -239,12 +227,14 @@ class Call:
 
     def launch(self, ranks: Sequence[int] | None = None) -> None:
         """On all ranks, or on some; waits for nothing."""
-        for rank, calls in zip(self.group.ranks, self.calls, strict=True):
-            if ranks is not None and rank.number not in ranks:
-                continue
-            rank.use()
-            for config, function, parameters in calls:
-                rank.check((*rank.api.cuLaunchKernelEx(config, function, parameters[0], 0), None))
+        for rank in self.group.ranks:
+            if ranks is None or rank.number in ranks:
+                self.launch_on(rank)
+
+    def launch_on(self, rank: Rank) -> None:
+        rank.use()
+        for config, function, parameters in self.calls[rank.number]:
+            rank.check((*rank.api.cuLaunchKernelEx(config, function, parameters[0], 0), None))
 
     def output(self, rank: int, index: int) -> Tensor:
         found = self.outputs[rank][index]
@@ -252,6 +242,31 @@ class Call:
 
     def all_outputs(self, rank: int) -> list[Tensor]:
         return [self.output(rank, i) for i in range(len(self.outputs[rank]))]
+
+
+def microseconds(group: Group, calls: Sequence[Call], *, repeats: int = 20, rounds: int = 5) -> float:
+    """Median time of the calls, the last of which ends a step: `repeats` steps are a graph on each rank."""
+    graphs, events = [], []
+    for rank in group.ranks:
+        rank.use()
+        mode = rank.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        rank.check((*rank.api.cuStreamBeginCapture(rank.stream, mode), None))
+        for _ in range(repeats):
+            for call in calls:
+                call.launch_on(rank)
+        graphs.append(rank.check(rank.api.cuGraphInstantiate(rank.check(rank.api.cuStreamEndCapture(rank.stream)), 0)))
+        events.append([rank.check(rank.api.cuEventCreate(0)) for _ in range(2)])
+    times = []
+    for _ in range(rounds + 2):
+        for rank, graph, (start, end) in zip(group.ranks, graphs, events, strict=True):
+            rank.use()
+            rank.check((*rank.api.cuEventRecord(start, rank.stream), None))
+            rank.check((*rank.api.cuGraphLaunch(graph, rank.stream), None))
+            rank.check((*rank.api.cuEventRecord(end, rank.stream), None))
+        group.wait(10)
+        times.append(max(rank.check(rank.api.cuEventElapsedTime(*pair))
+                         for rank, pair in zip(group.ranks, events, strict=True)) / repeats * 1e3)
+    return float(sorted(times[2:])[rounds // 2])
 
 
 def _meta(value: Argument | At) -> Any:

@@ -13,7 +13,7 @@ from gptoss_compile.dialect import exchanged
 from gptoss_compile.kernels.exchange import FEW_TOKENS, ONE_SHOT_TOKENS, added
 
 from .harness import error, run_kernel
-from .ranks import At, Call, Group
+from .ranks import At, Call, Group, microseconds
 
 pytestmark = pytest.mark.gpu
 TOLERANCE = 4e-3  # of outputs rounded to bf16
@@ -250,28 +250,29 @@ def test_a_rank_that_does_not_come(tokens: int) -> None:
     assert group.wait(1.0) < 0.2
 
 
-def test_time_of_a_two_shot_sum(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of 8,192 rows of 2,880 over two ranks, behind the time of what separates the steps."""
-    tokens, rounds = 8192, 20
-    group = Group(2, 256 << 20)
-    _, consumer, _, _ = chain(group, "reduce_norm_linear", tokens, (2880, 64, 64, 40, 1003))
-    consumer.calls = [calls[:1] for calls in consumer.calls]  # the exchange alone
+@pytest.mark.parametrize(("op", "tokens", "most"), [
+    ("reduce_norm_linear", 1, 20), ("reduce_norm_linear", 2, 20), ("reduce_norm_linear", 4, 30),
+    ("reduce_norm_linear", 64, 60), ("reduce_norm_route", 1, 20), ("reduce_norm_route", 4, 30)])
+def test_time_of_few_tokens(op: str, tokens: int, most: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of o and what follows it, two ranks' shares of gpt-oss-120b, beyond what ends a step."""
+    group = Group(2, room(2, tokens, LARGE))
     gather = Call(group, "all_gather", [{"x": group.place((1, 8), torch.float32), "columns": 16}] * 2)
-
-    def microseconds(*calls: Call) -> float:
-        events = [[rank.new_event() for _ in range(2)] for rank in group.ranks]
-        for repeat in range(rounds + 5):
-            for rank, (start, _) in zip(group.ranks, events, strict=True):
-                if repeat == 5:
-                    rank.record(start)
-            for call in calls:
-                call.launch()
-        for rank, (_, end) in zip(group.ranks, events, strict=True):
-            rank.record(end)
-        group.wait(10)
-        return max(rank.milliseconds(*pair) for rank, pair in zip(group.ranks, events, strict=True)) / rounds * 1e3
-
-    both, alone = microseconds(consumer, gather), microseconds(gather)
+    producer, consumer, _, _ = chain(group, op, tokens, LARGE)
+    alone = microseconds(group, [gather])
+    time = microseconds(group, [producer, consumer, gather]) - alone
     with capsys.disabled():
-        print(f"\ntwo-shot sum of 8,192 x 2,880 over 2 ranks: {both - alone:.0f} us (all_gather {alone:.1f} us)")
-    assert both - alone < 250
+        print(f"\nlinear_partial and {op} of {tokens} tokens, 2 ranks: {time:.2f} us (all_gather {alone:.2f} us)")
+    assert time < most and not group.reports.any()
+
+
+def test_time_of_a_two_shot_sum(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 8,192 rows of 2,880 over two ranks."""
+    group = Group(2, 256 << 20)
+    gather = Call(group, "all_gather", [{"x": group.place((1, 8), torch.float32), "columns": 16}] * 2)
+    _, consumer, _, _ = chain(group, "reduce_norm_linear", 8192, (2880, 64, 64, 40, 1003))
+    consumer.calls = [calls[:1] for calls in consumer.calls]  # the exchange alone
+    alone = microseconds(group, [gather])
+    time = microseconds(group, [consumer, gather]) - alone
+    with capsys.disabled():
+        print(f"\ntwo-shot sum of 8,192 x 2,880 over 2 ranks: {time:.0f} us")
+    assert time < 250 and not group.reports.any()
