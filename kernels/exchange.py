@@ -15,6 +15,10 @@ HEADER_BYTES, which a launch gets under the name `exchange`; a consumer's launch
 the name `flags`. Up to FEW_TOKENS tokens a partial sum is fp32 and its producer pushes it to all ranks, into "slots"; above,
 it has the model's dtype and the consumer pulls it, up to ONE_SHOT_TOKENS all of it on every rank, else each rank its rows,
 which it then gives to all. The planner places what peers touch there (see `gptoss_compile.plan`).
+
+The header: u64 base[8], every rank's area as this rank sees it; u32 step, 1 in the first step and then counted by
+all_gather; u32 rank, ranks, and limit_ms, how long a kernel waits for a rank; u64 report, the address of a u32 on the host,
+where it then leaves 1 + that rank. Kernels that find the report written wait for nobody any more.
 """
 
 from __future__ import annotations
