@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -51,11 +54,11 @@ def gib(size: int) -> str:
 
 
 class Device:
-    """The first visible GPU, its primary context and one stream. `use` makes it current in each thread that calls."""
+    """A visible GPU, its primary context and one stream. `use` makes it current in each thread that calls."""
 
-    def __init__(self, api: Any, target: str, wanted: str) -> None:
-        self.api = api
-        self._handle = _first_device(api, target, wanted)
+    def __init__(self, api: Any, target: str, wanted: str, ordinal: int = 0) -> None:
+        self.api, self.ordinal = api, ordinal
+        self._handle = self.check(api.cuDeviceGet(ordinal), f"opening GPU {ordinal}")
         name: bytes = self.check(api.cuDeviceGetName(128, self._handle), "asking the GPU's name")
         self.name = name.split(b"\0")[0].decode()
         self._require_architecture(target, wanted)
@@ -69,8 +72,42 @@ class Device:
 
     @classmethod
     def open(cls, target: str, purpose: str = "this artifact was compiled for") -> Device:
-        """The GPU of that target. Raises CudaError for each reason why there is none, which begins with `purpose`."""
-        return cls(bindings(), target, f"{purpose} {target}")
+        """The first GPU, of that target. Raises CudaError for each reason why there is none, which begins with `purpose`."""
+        return cls.open_all(target, 1, purpose)[0]
+
+    @classmethod
+    def open_all(cls, target: str, count: int, purpose: str = "this artifact was compiled for") -> list[Device]:
+        """The first `count` GPUs, each with access to the others' memory. Raises CudaError as `open` does, and if there are
+        too few or two of them do not reach each other."""
+        api, wanted = bindings(), f"{purpose} {target}"
+        visible = _count(api, target, wanted)
+        if visible < count:
+            raise CudaError(f"{purpose} {count} GPUs, one a rank, and {visible} {'is' if visible == 1 else 'are'} visible: make "
+                            f"more visible (CUDA_VISIBLE_DEVICES), or compile with a smaller --tp")
+        with ExitStack() as stack:
+            devices = []
+            for ordinal in range(count):
+                devices.append(cls(api, target, wanted, ordinal))
+                stack.callback(devices[-1].close)
+            for device, peer in permutations(devices, 2):
+                device.reach(peer)
+            stack.pop_all()
+        return devices
+
+    def reach(self, peer: Device) -> None:
+        """Let this GPU's kernels read and write the peer's memory. Raises CudaError if they cannot."""
+        doing = f"asking whether GPU {self.ordinal} reaches GPU {peer.ordinal}"
+        if not self.check(self.api.cuDeviceCanAccessPeer(self._handle, peer._handle), doing):
+            raise CudaError(f"GPU {self.ordinal} ({self.name}) has no access to the memory of GPU {peer.ordinal} ({peer.name}), "
+                            "through which ranks exchange; choose GPUs that have (CUDA_VISIBLE_DEVICES; nvidia-smi topo -p2p r "
+                            "lists them), or compile with a smaller --tp")
+        self.use()
+        result = self.api.cuCtxEnablePeerAccess(peer._context, 0)
+        if result[0].name != "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED":
+            self.check(result, f"giving GPU {self.ordinal} access to the memory of GPU {peer.ordinal}")
+
+    def __str__(self) -> str:
+        return f"{self.name}, GPU {self.ordinal}"
 
     def check(self, result: tuple[Any, ...], doing: str) -> Any:
         """What a driver call returned behind its status. Raises CudaError: `doing` failed, and the driver's reason."""
@@ -93,6 +130,7 @@ class Device:
 
     def new_event(self) -> Any:
         """An event of this device, which keeps the time at which the stream passes it."""
+        self.use()
         event = self.check(self.api.cuEventCreate(0), "creating an event")
         self._events.append(event)
         return event
@@ -105,6 +143,20 @@ class Device:
         """Wait until the stream has passed an event; at once if it was never recorded."""
         self.check(self.api.cuEventSynchronize(event), doing)
 
+    def passed(self, event: Any, doing: str) -> bool:
+        """Whether the stream has passed an event. Raises CudaError if anything in it has failed."""
+        return self._ready(self.api.cuEventQuery(event), doing)
+
+    def idle(self, doing: str) -> bool:
+        """Whether all is done that was put into the stream. Raises CudaError if anything in it has failed."""
+        return self._ready(self.api.cuStreamQuery(self.stream), doing)
+
+    def _ready(self, result: tuple[Any, ...], doing: str) -> bool:
+        if result[0] == self.api.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        self.check(result, doing)
+        return True
+
     def milliseconds(self, start: Any, end: Any) -> float:
         """The time between two events that have passed."""
         return float(self.check(self.api.cuEventElapsedTime(start, end), "reading the time between events"))
@@ -112,10 +164,12 @@ class Device:
     # Memory -------------------------------------------------------------------------------------------------
 
     def free_bytes(self) -> int:
+        self.use()
         return int(self.check(self.api.cuMemGetInfo(), "asking for free memory")[0])
 
     def allocate(self, size: int, purpose: str) -> int:
         """The address of `size` zeroed bytes, aligned to 256. Raises CudaError if there are not so many."""
+        self.use()
         result = self.api.cuMemAlloc(max(size, 1))
         if result[0].name == _OUT_OF_MEMORY:
             free, total = self.check(self.api.cuMemGetInfo(), "asking for free memory")
@@ -129,16 +183,24 @@ class Device:
         return address
 
     def allocate_pinned(self, size: int, purpose: str) -> Bytes:
-        """Host memory that the GPU copies from and to at full speed, as an array of bytes."""
+        """Host memory that every GPU copies from and to at full speed, as an array of bytes."""
+        self.use()
         doing = f"pinning {gib(size)} of host memory for {purpose}"
-        address = int(self.check(self.api.cuMemHostAlloc(max(size, 1), 0), doing))
+        flags = self.api.CU_MEMHOSTALLOC_PORTABLE | self.api.CU_MEMHOSTALLOC_DEVICEMAP
+        address = int(self.check(self.api.cuMemHostAlloc(max(size, 1), flags), doing))
         self._pinned.append(address)
         memory: Any = (ctypes.c_uint8 * size).from_address(address)
         block: Bytes = np.frombuffer(memory, np.uint8)
         return block
 
+    def mapped(self, array: Bytes) -> int:
+        """Where this GPU's kernels find pinned host memory."""
+        self.use()
+        return int(self.check(self.api.cuMemHostGetDevicePointer(array.ctypes.data, 0), "mapping host memory"))
+
     def release(self, address: int) -> None:
         """Give device memory back."""
+        self.use()
         del self._held[address]
         self.check(self.api.cuMemFree(address), "freeing memory")
 
@@ -182,6 +244,7 @@ class Device:
         for unsupported in ("global_scratch_size", "profile_scratch_size"):
             assert meta[unsupported] == 0, f"kernel {name} wants a {unsupported}, for which the executor has no memory"
         assert meta["num_ctas"] == 1, f"kernel {name} is made for clusters"
+        self.use()
         module = self.check(self.api.cuModuleLoadData(code), f"loading kernel {name} on {self.name}")
         self._modules.append(module)
         function = self.check(self.api.cuModuleGetFunction(module, meta["symbol"].encode()), f"finding kernel {name}")
@@ -202,7 +265,7 @@ class Device:
 
     def close(self) -> None:
         """Give everything back. The device cannot be used afterwards."""
-        self.use()
+        self.api.cuCtxSetCurrent(self._context)  # whatever it says: the context may have failed
         self.api.cuStreamSynchronize(self.stream)
         for event in self._events:
             self.api.cuEventDestroy(event)
@@ -234,8 +297,8 @@ def load_kernel(artifact: Artifact, device: Device, name: str, carveout: int = -
     return device.load_kernel(name, artifact.file(f"kernels/{name}.cubin").read_bytes(), meta, carveout)
 
 
-def _first_device(api: Any, target: str, wanted: str) -> Any:
-    """The handle of the first visible GPU, with a driver new enough. Raises CudaError."""
+def _count(api: Any, target: str, wanted: str) -> int:
+    """How many GPUs are visible, at least one, to a driver new enough. Raises CudaError."""
     wanted += ", an NVIDIA GPU"
     try:
         status, version = api.cuDriverGetVersion()
@@ -251,7 +314,7 @@ def _first_device(api: Any, target: str, wanted: str) -> Any:
         raise CudaError(f"{wanted}, but the NVIDIA driver sees none; check nvidia-smi and CUDA_VISIBLE_DEVICES")
     if status != api.CUresult.CUDA_SUCCESS:
         raise CudaError(f"{wanted}, but the NVIDIA driver does not start: {status.name}; check nvidia-smi")
-    return api.cuDeviceGet(0)[1]
+    return int(count)
 
 
 def _version(number: int) -> str:

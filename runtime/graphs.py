@@ -109,6 +109,10 @@ class Graph:
         _, _, edges, _ = self._device.check(api.cuGraphGetEdges(graph, count), doing)
         return sum((int(edge.type), int(edge.from_port)) == _PROGRAMMATIC for edge in edges)
 
+    @property
+    def device(self) -> Device:
+        return self._device
+
     def replay(self) -> None:
         """Put all launches into the device's stream."""
         self._device.check(self._device.api.cuGraphLaunch(self._executable, self._device.stream),
@@ -116,3 +120,25 @@ class Graph:
 
     def close(self) -> None:
         self._device.api.cuGraphExecDestroy(self._executable)
+
+
+class RankGraphs:
+    """The graphs of all ranks, one a device, which run together."""
+
+    def __init__(self, parts: Sequence[Graph]) -> None:
+        self.parts = tuple(parts)
+        self.programmatic = parts[0].programmatic
+        self._alone = len(parts) == 1
+
+    def replay(self) -> None:
+        """Put all launches into the devices' streams."""
+        if self._alone:
+            return self.parts[0].replay()
+        for part in self.parts:
+            part.device.use()
+            part.replay()
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.device.use()
+            part.close()

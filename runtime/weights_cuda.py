@@ -46,12 +46,12 @@ class DeviceWeights:
             self.places[name] = at
             at += align(size)
 
-    def load(self, artifact: Artifact, progress: Progress | None = None) -> None:
-        """Fill them from the artifact. progress: (bytes brought to the device, of all)."""
-        recipes = {recipe["name"]: recipe for recipe in artifact.recipes()}
+    def load(self, artifact: Artifact, rank: int, progress: Progress | None = None) -> None:
+        """Fill them with a rank's weights. progress: (bytes brought to the device, of all)."""
+        recipes = {recipe["name"]: recipe for recipe in artifact.recipes(rank)}
         missing = self._weights.keys() - recipes.keys()
         assert not missing, f"the artifact has no weights {sorted(missing)}"
-        filler = _Filler(artifact, self._device, self._weights, sum(map(self._stored_bytes, self._weights)), progress)
+        filler = _Filler(artifact, rank, self._device, self._weights, sum(map(self._stored_bytes, self._weights)), progress)
         filler.fill({name: place for name, place in self.places.items() if name not in self._layouts})
         if not self._layouts:
             return
@@ -99,22 +99,22 @@ class DeviceWeights:
 
 
 class _Filler:
-    """Puts weights of an artifact, as they are stored, at addresses."""
+    """Puts a rank's weights, as they are stored, at addresses."""
 
-    def __init__(self, artifact: Artifact, device: Device, weights: dict[str, Weight], total: int,
+    def __init__(self, artifact: Artifact, rank: int, device: Device, weights: dict[str, Weight], total: int,
                  progress: Progress | None) -> None:
-        self._artifact, self._device = artifact, device
+        self._artifact, self._rank, self._device = artifact, rank, device
         self._done, self._total, self._progress = 0, total, progress
         self._dtypes = {name: weight.dtype for name, weight in weights.items()}
         self._random = artifact.weights.startswith("random:")
         if self._random:
-            self._arrays: dict[str, Any] = {r["name"]: constant(r) for r in artifact.recipes() if "values" in r}
+            self._arrays: dict[str, Any] = {r["name"]: constant(r) for r in artifact.recipes(rank) if "parts" not in r}
         else:
-            self._arrays = dict(artifact.open_weights())
+            self._arrays = dict(artifact.open_weights(rank))
 
     def fill(self, places: dict[str, int]) -> None:
         if self._random:
-            self._report(generate_weights(self._artifact, self._device, places, self._dtypes))
+            self._report(generate_weights(self._artifact, self._rank, self._device, places, self._dtypes))
         here = ((name, self._arrays[name]) for name in places if name in self._arrays)
         upload_weights(self._device, here, places, self._dtypes, self._report)
 

@@ -1,0 +1,211 @@
+"""One rank of a model on its GPU: memory in which everything has its place, weights, caches, launches and their graphs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from gptoss_compile.artifact import Artifact, plan_file
+from gptoss_compile.config import Bucket
+from gptoss_compile.launch_plan import LaunchPlan, Operand, Step
+from gptoss_compile.runtime.cuda_driver import Bytes, Device, load_kernel
+from gptoss_compile.runtime.graphs import Graph, Launch, prepare
+from gptoss_compile.runtime.pools import pool_sizes
+from gptoss_compile.runtime.staging import Progress
+from gptoss_compile.runtime.weights_cuda import DeviceWeights, align
+
+Array = np.ndarray[Any, Any]
+
+RESERVE = 1 << 30  # bytes left free for graphs, the driver, and whoever else uses the GPU
+NUMPY = {"bf16": np.uint16, "fp32": np.float32, "i32": np.int32, "u8": np.uint8}  # of operands; bf16 as its bits
+POISON = 0xFF  # NaN in every float format used
+
+
+class Rank:
+    """What one GPU holds and runs of an artifact.
+
+    Memory is taken in turn: by the constructor, `load_weights`, `allocate_caches` and `load_kernels`; then `install` makes
+    each bucket's graph. areas: of all ranks, as this one sees them (see `exchange_cuda`); none if it is alone. inputs: for
+    each bucket the addresses of its inputs.
+    """
+
+    def __init__(self, artifact: Artifact, device: Device, number: int) -> None:
+        self.config, self.number, self.device = artifact.config, number, device
+        self.plans = {b: LaunchPlan.loads(artifact.file(plan_file(b, number)).read_text()) for b in artifact.buckets}
+        plans = self.plans.values()
+        self._sizes = max(p.arena_bytes for p in plans), max(p.workspace_bytes for p in plans)
+        self._allocate_arena()
+        self.rows = max(bucket.rows for bucket in artifact.buckets)
+        self.sampled = device.allocate(4 * self.rows, "chosen tokens")
+        self._places = {"sampled": self.sampled}
+        self.inputs: dict[Bucket, Mapping[str, int]] = {}
+        self.areas: Sequence[int] = ()
+        self._slots = {(bucket, key) for bucket, plan in self.plans.items() for key in _slots(plan)}
+        self.launches: dict[Bucket, list[list[Launch]]] = {}
+
+    # Loading ------------------------------------------------------------------------------------------------
+
+    def load_weights(self, artifact: Artifact, progress: Progress | None) -> None:
+        """Before the caches take what memory is left: laying weights out takes some for a while."""
+        self.weights = DeviceWeights(self.device, self.plans.values())
+        self.weights.load(artifact, self.number, progress)
+        self._places |= self.weights.places
+
+    def pool_sizes(self, artifact: Artifact, num_pages: int | None, max_num_seqs: int) -> tuple[int, int]:
+        """The pages for which there is room in this GPU's memory, see `pools.pool_sizes`."""
+        cache = next(iter(self.plans.values())).caches[0]
+        heads = cache.shape[2]
+        config = replace(self.config, num_kv_heads=heads, num_heads=heads * self.config.heads_per_kv)
+        return pool_sizes(config, page_size=artifact.page_size, window_ring=artifact.window_ring,
+                          max_context=artifact.max_context, item_bytes=cache.item_bytes, num_pages=num_pages,
+                          max_num_seqs=max_num_seqs, memory=max(self.device.free_bytes() - RESERVE, 0))
+
+    def allocate_caches(self, num_pages: int, num_window_pages: int) -> None:
+        self._pages = num_pages, num_window_pages
+        caches = next(iter(self.plans.values())).caches
+        sizes = {str(cache.key): self.true_shape(cache).bytes for cache in caches}
+        purpose = f"the KV cache ({num_pages} pages, {num_window_pages} in window layers)"
+        at = self.device.allocate(sum(map(align, sizes.values())), purpose)
+        for name, size in sizes.items():
+            self._places[name] = at
+            at += align(size)
+
+    def load_kernels(self, artifact: Artifact) -> None:
+        wanted = sorted({kernel for plan in self.plans.values() for kernel in _kernels(plan)})
+        self._kernels = {kernel: load_kernel(artifact, self.device, *kernel) for kernel in wanted}
+
+    def install(self, bucket: Bucket, plan: LaunchPlan, files: Mapping[str, bytes]) -> Graph:
+        """Put a plan in a bucket's place; see `CudaExecutor.install`."""
+        wanted = plan.arena_bytes, plan.workspace_bytes
+        if any(size > here for size, here in zip(wanted, self._sizes, strict=True)):
+            self._sizes = max(wanted[0], self._sizes[0]), max(wanted[1], self._sizes[1])
+            self._allocate_arena()
+        for name, carveout in set(_kernels(plan)) - self._kernels.keys():
+            meta = json.loads(files[f"{name}.json"])
+            self._kernels[name, carveout] = self.device.load_kernel(name, files[f"{name}.cubin"], meta, carveout)
+        steps, (before, behind) = self.prepare(bucket, plan.steps), self.prepare(bucket, _around(plan))
+        graph = self.capture(bucket.name, [before, *steps, behind])
+        self.plans[bucket], self.launches[bucket] = plan, steps
+        return graph
+
+    def prepare(self, bucket: Bucket, steps: Sequence[Step]) -> list[list[Launch]]:
+        """The launches of steps of a bucket's plan."""
+        return prepare(self.device, bucket.name, steps, self._kernels, lambda operand: self.address(bucket, operand))
+
+    def capture(self, name: str, steps: Iterable[Iterable[Launch]]) -> Graph:
+        self.device.use()
+        return Graph(self.device, name, [launch for step in steps for launch in step])
+
+    # Places -------------------------------------------------------------------------------------------------
+
+    def address(self, bucket: Bucket, operand: Operand) -> int:
+        """Where an operand of the bucket's plan lives on the device."""
+        if operand.place == "arena":
+            return self._arena + int(operand.key)
+        if operand.place == "workspace":
+            return self._workspace + int(operand.key)
+        if operand.place == "exchange":
+            return self.areas[self.number] + int(operand.key)
+        if operand.place == "input":
+            return self.inputs[bucket][str(operand.key)]
+        return self._places[str(operand.key)]
+
+    def true_shape(self, operand: Operand) -> Operand:
+        """A cache with as many pages, and chosen tokens with as many rows, as there are here; any other operand as it is."""
+        if operand.place == "state":
+            return replace(operand, shape=(self.rows,))
+        if operand.place != "cache":
+            return operand
+        windowed = self.config.windowed[int(str(operand.key).rpartition(".")[2])]
+        return replace(operand, shape=(self._pages[windowed], *operand.shape[1:]))
+
+    def _allocate_arena(self) -> None:
+        self._arena = self.device.allocate(self._sizes[0], "intermediate results")
+        self._workspace = self.device.allocate(self._sizes[1], "kernels' counters")
+
+    # Checking -----------------------------------------------------------------------------------------------
+
+    def read(self, bucket: Bucket, operand: Operand) -> Array:
+        """See `CudaExecutor.read`."""
+        operand = self.true_shape(operand)
+        if slot := self._slot(bucket, operand):
+            address, _ = slot
+            words = self._download(address, 2 * operand.bytes).view(np.uint32).reshape(-1, 2)
+            return words[:, 0].copy().view(np.float32).reshape(operand.shape)
+        raw = self._download(self.address(bucket, operand), operand.bytes)
+        return raw.view(NUMPY[operand.dtype]).reshape(operand.shape)
+
+    def write(self, bucket: Bucket, operand: Operand, values: Array) -> None:
+        """See `CudaExecutor.write`."""
+        operand = self.true_shape(operand)
+        assert (values.shape, values.dtype) == (operand.shape, NUMPY[operand.dtype]), (operand, values.shape)
+        values = np.ascontiguousarray(values).reshape(-1)
+        if slot := self._slot(bucket, operand):
+            address, step = slot
+            words = np.stack([values.view(np.uint32), np.full(values.size, step, np.uint32)], 1)
+            for area in self.areas:
+                self._upload(address - self.areas[self.number] + area, words.view(np.uint8).reshape(-1))
+        else:
+            self._upload(self.address(bucket, operand), values.view(np.uint8))
+
+    def poison(self, bucket: Bucket) -> None:
+        """Fill the bucket's intermediate results with NaN."""
+        self.fill(0, self.plans[bucket].arena_bytes)
+
+    def fill(self, start: int, end: int) -> None:
+        """Fill a range of the arena with NaN."""
+        self.device.use()
+        self.device.fill(self._arena + start, end - start, POISON)
+
+    def _slot(self, bucket: Bucket, operand: Operand) -> tuple[int, int] | None:
+        """If an operand is a partial sum that goes to all ranks value by value: the address of this rank's own pairs of a
+        value and the number of the step, and that number."""
+        if operand.place != "exchange" or (bucket, operand.key) not in self._slots:
+            return None
+        area = self.areas[self.number]
+        step = int(self._download(area + 64, 4).view(np.uint32)[0])
+        return area + int(operand.key) + 2 * operand.bytes * self.number, step
+
+    def _download(self, address: int, size: int) -> Bytes:
+        self.device.use()
+        with self._pinned(size) as raw:
+            self.device.download(raw, address, self.device.stream)
+            self.device.synchronize("reading memory")
+            return raw.copy()
+
+    def _upload(self, address: int, data: Bytes) -> None:
+        self.device.use()
+        with self._pinned(data.nbytes) as raw:
+            raw[:] = data
+            self.device.upload(address, raw, self.device.stream)
+            self.device.synchronize("writing memory")
+
+    @contextmanager
+    def _pinned(self, size: int) -> Iterator[Bytes]:
+        raw = self.device.allocate_pinned(size, "a check")
+        try:
+            yield raw
+        finally:
+            self.device.release_pinned(raw)
+
+
+def _slots(plan: LaunchPlan) -> set[int | str]:
+    """Keys of the partial sums that lie in the exchange area as pairs: few tokens', see `kernels/exchange.py`."""
+    return {operand.key for step in plan.steps if step.op.endswith("_partial") for operand in step.outputs
+            if operand.place == "exchange" and operand.dtype == "fp32"}
+
+
+def _around(plan: LaunchPlan) -> tuple[Step, Step]:
+    assert plan.feed and plan.sample, "plans for a GPU choose their tokens there"
+    return plan.feed, plan.sample
+
+
+def _kernels(plan: LaunchPlan) -> list[tuple[str, int]]:
+    """(binary, carve-out) of all that a plan launches."""
+    steps = (*plan.steps, *_around(plan))
+    return sorted({(launch.binary, launch.carveout) for step in steps for launch in step.launches})
