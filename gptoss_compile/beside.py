@@ -14,6 +14,7 @@ from gptoss_compile.kernels.spec import Launch, TensorSpec
 from gptoss_compile.launch_plan import LAYOUTS, RANDOM_WEIGHTS, KernelLaunch, LaunchPlan, Operand, Step, Value
 from gptoss_compile.memory import align
 from gptoss_compile.passes.base import Context
+from gptoss_compile.random_weights import PARAMETERS
 from gptoss_compile.target import Target
 
 
@@ -81,7 +82,7 @@ def binary_files(binary: Binary) -> list[tuple[str, bytes]]:
 
 def random_weights_files(target: Target) -> list[tuple[str, bytes]]:
     """The artifact's files by which its random weights are generated on the device."""
-    (launch,) = generate.instantiate(target, {"parameters": TensorSpec((8,), "i32"), "out": TensorSpec((1,), "i32")})
+    (launch,) = generate.instantiate(target, {"parameters": TensorSpec((PARAMETERS,), "i32"), "out": TensorSpec((1,), "i32")})
     binary = build(launch.source, target)
     planned = {"binary": binary.stem, "grid": list(launch.grid)}
     return [(RANDOM_WEIGHTS, canonical_json(planned)), *binary_files(binary)]

@@ -28,8 +28,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gptoss_compile.launch_plan import Cut
+
 Array = np.ndarray[Any, Any]
 BYTES, BF16, FP32 = range(3)  # how a device makes values of words
+PARAMETERS = 12  # words of the kernel's `parameters`
 _WORDS = 1 << 16  # at a time, so that intermediate results stay in the processor's cache
 
 
@@ -58,9 +61,11 @@ def random_values(name: str, shape: Sequence[int], dtype: Literal["bf16", "fp32"
 
 @dataclass(frozen=True)
 class DeviceParameters:
-    """What a device needs to make a whole tensor: the generator's keys, how many of its words, and their meaning.
+    """What a device needs to make a tensor: the generator's keys, how many words of it are used, and their meaning.
 
     mode BYTES: each byte of a word is (byte & a's) + b's; else each half is (half + a) · b, with b the bits of an fp32.
+    A part of a tensor is made of rows of `width` units, the first from unit `offset` on and the next `stride` units behind
+    each other; a unit is a word, or, where words do not fit, one value (`single`). width 0: the whole tensor.
     """
 
     key0: int
@@ -69,23 +74,40 @@ class DeviceParameters:
     mode: int
     a: int
     b: int
+    width: int = 0
+    stride: int = 0
+    offset: int = 0
+    single: bool = False
 
     def row(self, first: int) -> Array:
-        """i32 [8], the kernel's `parameters`; first: of the words of 32 bits that are written."""
-        values = (self.key0, self.key1, self.counters, first, self.mode, self.a, self.b, 0)
+        """i32 [PARAMETERS], the kernel's `parameters`; first: of the words of 32 bits that are written."""
+        values = (self.key0, self.key1, self.counters, first, self.mode, self.a, self.b, self.width, self.stride, self.offset,
+                  self.single, 0)
         return np.array(values, np.int64).astype(np.uint32).view(np.int32)
 
 
-def device_parameters(name: str, shape: Sequence[int], dtype: Literal["bf16", "fp32", "u8"], seed: int) -> DeviceParameters:
-    """How a device makes `random_values(name, shape, dtype, seed)`; see `kernels/generate.py`."""
+def device_parameters(name: str, shape: Sequence[int], dtype: Literal["bf16", "fp32", "u8"], seed: int,
+                      cut: Cut | None = None) -> DeviceParameters:
+    """How a device makes `random_values(name, shape, dtype, seed)`, or a part of it; see `kernels/generate.py`."""
     key0, key1 = (int(k) for k in _key(name, seed))
-    count = math.prod(shape)
+    per_word, count = 4 if dtype == "u8" else 2, math.prod(shape)
+    width = stride = offset = 0
+    single = False
+    if cut:
+        inner = math.prod(shape[cut.axis + 1:])
+        width, stride, offset = (cut.stop - cut.start) * inner, shape[cut.axis] * inner, cut.start * inner
+        count = math.prod(shape[:cut.axis]) * width
+        single = any(x % per_word for x in (width, stride, offset))
+        if not single:
+            width, stride, offset = width // per_word, stride // per_word, offset // per_word
+    counters = -(-count // per_word)
     if dtype == "u8":
-        mask, lowest = (255, 0) if name.endswith(".blocks") else (3, _lowest_scale(shape))
-        return DeviceParameters(key0, key1, -(-count // 4), BYTES, mask * 0x01010101, lowest * 0x01010101)
-    offset, scale = _distribution(name, shape)
-    bits = int(np.float32(scale).view(np.uint32))
-    return DeviceParameters(key0, key1, -(-count // 2), BF16 if dtype == "bf16" else FP32, offset, bits)
+        mode = BYTES
+        a, b = (x * 0x01010101 for x in ((255, 0) if name.endswith(".blocks") else (3, _lowest_scale(shape))))
+    else:
+        a, scale = _distribution(name, shape)
+        mode, b = BF16 if dtype == "bf16" else FP32, int(np.float32(scale).view(np.uint32))
+    return DeviceParameters(key0, key1, counters, mode, a, b, width, stride, offset, single)
 
 
 def round_bf16(values: Array) -> Array:

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gptoss_compile.artifact import Artifact
-from gptoss_compile.launch_plan import ITEM_BYTES, RANDOM_WEIGHTS, KernelLaunch
+from gptoss_compile.launch_plan import ITEM_BYTES, RANDOM_WEIGHTS, Cut, KernelLaunch
 from gptoss_compile.logical import logical_tensors
 from gptoss_compile.random_weights import DeviceParameters, device_parameters
 from gptoss_compile.runtime.cuda_driver import Device, Kernel, load_kernel
 from gptoss_compile.runtime.graphs import make_launch
+from gptoss_compile.weights import parts_of
 
 WORD = 4  # bytes
 
@@ -42,17 +43,22 @@ class Generator:
         device.release(table)
 
 
-def generate_weights(artifact: Artifact, device: Device, places: Mapping[str, int], dtypes: Mapping[str, str]) -> int:
-    """The artifact's random weights that have a place, there, equal to `weights.read_weights` bit for bit. Their bytes."""
+def generate_weights(artifact: Artifact, rank: int, device: Device, places: Mapping[str, int],
+                     dtypes: Mapping[str, str]) -> int:
+    """A rank's random weights that have a place, there, equal to `weights.read_weights` bit for bit. Their bytes."""
     tensors, seed = logical_tensors(artifact.config), artifact.manifest["weights"]["seed"]
     jobs, total = [], 0
-    for recipe in (r for r in artifact.recipes() if "parts" in r and r["name"] in places):
+    for recipe in (r for r in artifact.recipes(rank) if "parts" in r and r["name"] in places):
         dtype, start = dtypes[recipe["name"]], 0
-        for part in recipe["parts"]:
+        for part, cut in parts_of(recipe):
             shape = tensors[part].shape
             assert start % WORD == 0, f"{part} does not start at a word of {recipe['name']}"
-            jobs.append((part, device_parameters(part, shape, dtype, seed), places[recipe["name"]], start))  # type: ignore[arg-type]
-            start += int(np.prod(shape)) * ITEM_BYTES[dtype]
+            parameters = device_parameters(part, shape, dtype, seed, Cut(**cut) if cut else None)  # type: ignore[arg-type]
+            jobs.append((part, parameters, places[recipe["name"]], start))
+            count = int(np.prod(shape))
+            if cut:
+                count = count // shape[cut["axis"]] * (cut["stop"] - cut["start"])
+            start += count * ITEM_BYTES[dtype]
         total += start
     if jobs:
         Generator(artifact, device).run(jobs)

@@ -16,8 +16,9 @@ from gptoss_compile.dialect import OPS
 from gptoss_compile.kernels.interpret import interpret
 from gptoss_compile.kernels.registry import BESIDE
 from gptoss_compile.kernels.spec import TensorSpec
+from gptoss_compile.launch_plan import Cut
 from gptoss_compile.lint import check_launch
-from gptoss_compile.random_weights import device_parameters, random_values
+from gptoss_compile.random_weights import PARAMETERS, device_parameters, random_values
 from gptoss_compile.target import Target
 
 WEIGHTS = [("layers.1.gate_up.blocks", (3, 4, 5, 16), "u8"), ("layers.1.down.scales", (5, 3, 7), "u8"),
@@ -41,6 +42,33 @@ def test_random_weights_are_made_bit_for_bit(name: str, shape: tuple[int, ...], 
         assert np.array_equal(found[4 * first : end], wanted.reshape(-1).view(np.uint8))
         assert np.array_equal(found[: 4 * first], before[: 4 * first])
         assert np.array_equal(found[-12:], before[-12:]), "no more than the word that holds the last value"
+
+
+@pytest.mark.parametrize(("name", "shape", "dtype", "axis"), [
+    ("layers.1.gate_up.blocks", (3, 8, 5, 16), "u8", 1), ("layers.1.down.blocks", (2, 3, 6, 16), "u8", 2),
+    ("layers.1.down.scales", (3, 5, 90), "u8", 2), ("layers.1.down.scales", (4, 6, 8), "u8", 2),
+    ("layers.0.q.weight", (16, 90), "bf16", 0), ("layers.0.o.weight", (6, 80), "fp32", 1),
+    ("layers.0.o.weight", (7, 9), "bf16", 1), ("layers.0.sinks", (9,), "bf16", 0), ("layers.0.sinks", (9,), "fp32", 0)],
+    ids=str)
+def test_a_part_is_made_as_it_is_in_the_whole(name: str, shape: tuple[int, ...], dtype: str, axis: int) -> None:
+    rng = random.Random(seed := int.from_bytes(os.urandom(4)))
+    print(f"seed {seed}")
+    whole = random_values(name, shape, dtype, seed)  # type: ignore[arg-type]
+    start = rng.randrange(shape[axis])
+    cut = Cut(axis, start, rng.randint(start + 1, shape[axis]))
+    print(cut)
+    wanted = whole[(slice(None),) * axis + (slice(cut.start, cut.stop),)]
+    parameters = device_parameters(name, shape, dtype, seed, cut)  # type: ignore[arg-type]
+    first = rng.randrange(5)
+    end = 4 * first + wanted.nbytes
+    out = torch.randint(-2**31, 2**31, (-(-end // 4) + 4,)).int()
+    operands = {"parameters": torch.from_numpy(parameters.row(first)), "out": out}
+    before = out.numpy().copy().view(np.uint8)
+    for found in (OPS["random_weights"].reference(**operands), *interpret("random_weights", "sm90", operands)):
+        found = found.numpy().view(np.uint8)
+        assert np.array_equal(found[4 * first : end], np.ascontiguousarray(wanted).reshape(-1).view(np.uint8))
+        assert np.array_equal(found[: 4 * first], before[: 4 * first])
+        assert np.array_equal(found[-8:], before[-8:]), "no more than a pair of values that holds the last one"
 
 
 def test_one_launch_makes_more_than_one_round_of_blocks() -> None:
@@ -111,7 +139,7 @@ def test_compiled_and_linted(target: str) -> None:
     tokens = TensorSpec((8,), "i32")
     operands = {"feed": {"tokens": tokens, "source": tokens, "sampled": tokens},
                 "sample": {"logits": TensorSpec((8, 201088), "fp32"), "words": TensorSpec((8, 5), "i32"), "sampled": tokens},
-                "random_weights": {"parameters": TensorSpec((8,), "i32"), "out": TensorSpec((1,), "i32")}}
+                "random_weights": {"parameters": TensorSpec((PARAMETERS,), "i32"), "out": TensorSpec((1,), "i32")}}
     for spec in BESIDE:
         (launch,) = spec.instantiate(machine, operands[spec.op])
         binary = build(launch.source, machine)
