@@ -26,8 +26,7 @@ from gptoss_compile.launch_plan import Step
 from gptoss_compile.runtime.check import LIMITS, errors_of
 from gptoss_compile.runtime.cuda_driver import CudaError, Device
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
-from gptoss_compile.runtime.generate import Generator
-from gptoss_compile.runtime.graphs import Graph
+from gptoss_compile.runtime.graphs import RankGraphs
 from gptoss_compile.runtime.timing import (
     STEPS,
     Timing,
@@ -99,7 +98,7 @@ class Contest:
         self._inputs = step_inputs(executor, self._bucket, context)
         self.taken, self._first = dict(taken), dict(taken)
         self._plan, before = variants.plan(taken), executor.graphs[self._bucket]
-        executor.install(self._bucket, self._plan, self._files)
+        executor.install(self._bucket, [self._plan], self._files)
         before.close()
         executor.upload(self._bucket, self._inputs)
         self.ms = time_replays(executor, executor.graphs[self._bucket].replay, 2, 1).ms
@@ -113,7 +112,7 @@ class Contest:
         """(what a step of the plan gives, the logits) of a run whose memory was poisoned before."""
         found: list[Array] = []
 
-        def watch(at: int, step: Step) -> None:
+        def watch(_: int, at: int, step: Step) -> None:
             if at == number:
                 found.extend(self._executor.read(self._bucket, o) for o in step.outputs if o.place == "arena")
 
@@ -128,7 +127,7 @@ class Contest:
         taken = {**self.taken, name: candidate}
         plan = self._variants.plan(taken)
         try:
-            rival = executor.install(bucket, plan, self._files)
+            rival = executor.install(bucket, [plan], self._files)
         except CudaError as error:
             return str(error)
         number = self._variants.steps[name][0]
@@ -142,27 +141,27 @@ class Contest:
             self._plan, self.taken = plan, taken
         else:
             rival.close()
-            executor.install(bucket, self._plan, self._files)
+            executor.install(bucket, [self._plan], self._files)
             incumbent.close()
         return race or fault or ""
 
     def against_first(self) -> Race:
         """The step as it was at first against what it is now."""
         now = self._executor.graphs[self._bucket]
-        first = self._executor.install(self._bucket, self._variants.plan(self._first), self._files)
+        first = self._executor.install(self._bucket, [self._variants.plan(self._first)], self._files)
         race = Race.of(*self._time(first, now, 0.05, 9))
         first.close()
-        self._executor.install(self._bucket, self._plan, self._files)
+        self._executor.install(self._bucket, [self._plan], self._files)
         now.close()
         return race
 
-    def _race(self, incumbent: Graph, rival: Graph) -> Race:
+    def _race(self, incumbent: RankGraphs, rival: RankGraphs) -> Race:
         short = Race.of(*self._time(incumbent, rival, 0.02, 3))
         if short.after > SLOWER * short.before:
             return short
         return Race.of(*self._time(incumbent, rival, 0.05, 9))
 
-    def _time(self, incumbent: Graph, rival: Graph, seconds: float, groups: int) -> list[Timing]:
+    def _time(self, incumbent: RankGraphs, rival: RankGraphs, seconds: float, groups: int) -> list[Timing]:
         return time_in_turns(self._executor, [incumbent.replay, rival.replay], replays_for(self.ms, STEPS, seconds), groups)
 
 
@@ -271,7 +270,7 @@ def load(artifact: Artifact, buckets: Sequence[Bucket], context: int) -> CudaExe
     pages = (b.tokens * cdiv(context, artifact.page_size) if b.kind == "decode" else cdiv(b.tokens, artifact.page_size)
              for b in buckets)
     executor = CudaExecutor.load(artifact, num_pages=max(pages) + 1, max_num_seqs=max(b.sequences for b in buckets))
-    fill_caches(executor, Generator(artifact, executor.device))
+    fill_caches(executor, artifact)
     return executor
 
 

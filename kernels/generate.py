@@ -59,13 +59,15 @@ def generated(parameters: Tensor, start: int, stop: int) -> Tensor:
         units = torch.arange(start * per_word, stop * per_word, device=parameters.device)
     if width:
         units = units // width * stride + offset + units % width
+    if mode == BYTES and not single:
+        masked: Tensor = (word(units) & (a & _WORD)) + (b & _WORD)
+        return masked.int()
     if single:
         values = word(units // per_word) >> units % per_word * bits & (1 << bits) - 1
     else:
         values = torch.stack([word(units) >> lane * bits & (1 << bits) - 1 for lane in range(per_word)], -1).reshape(-1)
     if mode == BYTES:
-        made = ((values & a & 0xFF) + (b & 0xFF)).to(torch.uint8)
-        return made.view(torch.int32)
+        return ((values & a & 0xFF) + (b & 0xFF)).to(torch.uint8).view(torch.int32)
     scale = torch.tensor([b], dtype=torch.int32, device=values.device).view(torch.float32)
     rounded = (((values ^ 0x8000) - 0x8000 + a).float() * scale).bfloat16()
     return (rounded if mode == BF16 else rounded.float()).view(torch.int32)

@@ -1,13 +1,14 @@
 """A GPU's buffers against those of the plan interpreter, step by step; then graphs against single launches, bit for bit.
 
 The expected arrays are written by `python -m gptoss_compile.expected`, elsewhere: nothing here needs PyTorch. Every step
-is given the interpreter's own results of the steps before it, so an error is seen where it is made and no other one is.
+is given the interpreter's own results of the steps before it, so an error is seen where it is made and no other one is. Of
+several ranks each one is held against its own file, and where they must hold the same bits, against the others.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +30,9 @@ CHAIN_LIMIT = 0.1  # of the logits' norm, when every step works on what the GPU 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One buffer, found and wanted. element and norm: see LIMITS; for integers the share of unequal ones."""
+    """One buffer of a rank, found and wanted. element and norm: see LIMITS; for integers the share of unequal ones."""
 
+    rank: int
     number: int
     op: str
     kernels: tuple[str, ...]
@@ -63,18 +65,18 @@ class Report:
         return not self.faults
 
 
-def check_bucket(executor: CudaExecutor, bucket: Bucket, expected: Mapping[str, Array], replays: int) -> Report:
-    """Run one step in every way there is and compare."""
+def check_bucket(executor: CudaExecutor, bucket: Bucket, expected: Sequence[Mapping[str, Array]], replays: int) -> Report:
+    """Run one step in every way there is and compare. expected: each rank's arrays."""
     plan = executor.plans[bucket]
     steps, around = plan.steps, [step for step in (plan.feed, plan.sample) if step]
     report = Report(bucket.name, sum(len(step.launches) for step in (*steps, *around)), executor.graphs[bucket].programmatic)
-    inputs = {name.removeprefix("input."): value for name, value in expected.items() if name.startswith("input.")}
+    inputs = {name.removeprefix("input."): value for name, value in expected[0].items() if name.startswith("input.")}
     _each_step(executor, bucket, inputs, expected, report)
     _restore_caches(executor, bucket, expected)
-    logits = executor.run_steps(bucket, inputs)
+    logits = executor.run_steps(bucket, inputs, lambda *event: _same_on_all(executor, bucket, *event, report))
     caches = _caches(executor, bucket)
     rows = inputs["positions"] >= 0 if bucket.kind == "decode" else slice(None)  # others are of padding
-    report.chain = errors_of(logits[rows], expected[f"step.{len(steps) - 1}.0"][rows], "fp32")[1]
+    report.chain = errors_of(logits[rows], expected[0][f"step.{len(steps) - 1}.0"][rows], "fp32")[1]
     if not report.chain <= CHAIN_LIMIT:
         report.faults.append(f"the whole step's logits are {report.chain:.2e} off")
     _restore_caches(executor, bucket, expected)
@@ -82,36 +84,45 @@ def check_bucket(executor: CudaExecutor, bucket: Bucket, expected: Mapping[str, 
     _choices(executor, bucket, inputs, logits, report)
     if any(not np.array_equal(a, b) for a, b in zip(caches, _caches(executor, bucket), strict=True)):
         report.faults.append("the graph leaves other keys and values than its launches one by one")
-    if executor.workspace().any():
+    if any(executor.workspace(rank.number).any() for rank in executor.ranks):
         report.faults.append("a kernel left its counters other than zero")
     return report
 
 
-def _each_step(executor: CudaExecutor, bucket: Bucket, inputs: Mapping[str, Array], expected: Mapping[str, Array],
+def _each_step(executor: CudaExecutor, bucket: Bucket, inputs: Mapping[str, Array], expected: Sequence[Mapping[str, Array]],
                report: Report) -> None:
     used = inputs["positions"] >= 0
-    kernels = [tuple(launch.binary for launch in step.launches) for step in executor.plans[bucket].steps]
 
-    def watch(number: int, step: Step) -> None:
+    def watch(rank: int, number: int, step: Step) -> None:
+        known, kernels = expected[rank], tuple(launch.binary for launch in step.launches)
         for index, operand in enumerate(step.outputs):
-            found, name = executor.read(bucket, operand), f"step.{number}.{index}"
+            found, name = executor.read(bucket, operand, rank), f"step.{number}.{index}"
             if operand.place == "cache":
-                before, change = expected[str(operand.key)], expected[f"{operand.key}.change"]
+                before, change = known[str(operand.key)], known[f"{operand.key}.change"]
                 wanted = _with_pages(found, (before.view(change.dtype) ^ change).view(before.dtype))
                 errors = errors_of(found[1:], wanted[1:], operand.dtype)  # page 0 takes whatever padding leaves
             else:
-                wanted = expected[name]
+                wanted = known[name]
                 rows = used if wanted.shape[0] == len(used) else slice(None)  # rows of padding may hold anything
                 errors = errors_of(found[rows], wanted[rows], operand.dtype)
-            executor.write(bucket, operand, wanted)
-            seen = Comparison(number, step.op, kernels[number], _describe(operand, index), operand.dtype, *errors)
+            executor.write(bucket, operand, wanted, rank)
+            seen = Comparison(rank, number, step.op, kernels, _describe(operand, index), operand.dtype, *errors)
             report.comparisons.append(seen)
             if not seen.good:
-                report.faults.append(f"step {number} {step.op} ({', '.join(seen.kernels)}): {seen.buffer} is off by "
+                where = f" of rank {rank}" if len(executor.ranks) > 1 else ""
+                report.faults.append(f"step {number}{where} {step.op} ({', '.join(seen.kernels)}): {seen.buffer} is off by "
                                      f"{seen.element:.2e} (element), {seen.norm:.2e} (norm)")
 
     _restore_caches(executor, bucket, expected)
     executor.run_steps(bucket, inputs, watch)
+
+
+def _same_on_all(executor: CudaExecutor, bucket: Bucket, rank: int, number: int, step: Step, report: Report) -> None:
+    """Behind an exchange all ranks must hold the same: the residual stream, or all logits."""
+    if rank and step.op.startswith(("reduce_", "all_gather")) and step.op != "reduce_norm_head":
+        first = executor.plans[bucket].steps[number].outputs[0]
+        if executor.read(bucket, step.outputs[0], rank).tobytes() != executor.read(bucket, first).tobytes():
+            report.faults.append(f"step {number} {step.op}: rank {rank} holds other bits in out0 than rank 0")
 
 
 def _replay(executor: CudaExecutor, bucket: Bucket, inputs: Mapping[str, Array], logits: Array, replays: int,
@@ -138,15 +149,18 @@ def _choices(executor: CudaExecutor, bucket: Bucket, inputs: Mapping[str, Array]
     temperatures = np.resize((0, 1, -1, 0.3), rows).tolist()
     asked = np.stack([gumbel.words(t, vocab - row % 3, 12345678901 * row, row) for row, t in enumerate(temperatures)])
     fed = np.resize(np.array(inputs["tokens"][::-1], np.int32), executor.true_shape(sampled).shape)
-    executor.write(bucket, sampled, fed)
+    for rank in executor.ranks:
+        executor.write(bucket, sampled, fed, rank.number)
     source = np.where(inputs["positions"] >= 0, np.arange(bucket.tokens) % rows, -1).astype(np.int32)
     expected = np.where(source >= 0, fed[source], inputs["tokens"])
     executor.upload(bucket, {**inputs, "source": source, "words": asked})
     executor.graphs[bucket].replay()
-    if not np.array_equal(executor.read(bucket, tokens), expected):
+    if not all(np.array_equal(executor.read(bucket, tokens, rank.number), expected) for rank in executor.ranks):
         report.faults.append("tokens of the step before do not come where they belong")
     executor.run(bucket, {**inputs, "words": asked})
-    chosen = executor.read(bucket, sampled)[:rows]
+    chosen, *others = [executor.read(bucket, sampled, rank.number)[:rows] for rank in executor.ranks]
+    if not all(np.array_equal(other, chosen) for other in others):
+        report.faults.append("ranks choose different tokens")
     for row in np.flatnonzero(chosen != gumbel.choose(logits, asked)).tolist():
         temperature, (_, limit, *key) = temperatures[row], asked[row].tolist()
         values = logits[row, :limit] + np.float32(max(temperature, 0)) * gumbel.noise(limit, *key)
@@ -161,7 +175,7 @@ def _operand(step: Step | None, name: str) -> Operand:
 
 
 def _describe(operand: Operand, index: int) -> str:
-    return f"out{index} {operand.dtype}{list(operand.shape)}" if operand.place == "arena" else str(operand.key)
+    return str(operand.key) if operand.place == "cache" else f"out{index} {operand.dtype}{list(operand.shape)}"
 
 
 def errors_of(found: Array, wanted: Array, dtype: str) -> tuple[float, float]:
@@ -179,13 +193,13 @@ def errors_of(found: Array, wanted: Array, dtype: str) -> tuple[float, float]:
 
 
 def _caches(executor: CudaExecutor, bucket: Bucket) -> list[Array]:
-    return [executor.read(bucket, cache) for cache in executor.plans[bucket].caches]
+    return [rank.read(bucket, cache) for rank in executor.ranks for cache in rank.plans[bucket].caches]
 
 
-def _restore_caches(executor: CudaExecutor, bucket: Bucket, expected: Mapping[str, Array]) -> None:
-    for cache in executor.plans[bucket].caches:
-        start = _with_pages(executor.read(bucket, cache), expected[str(cache.key)])
-        executor.write(bucket, cache, start)
+def _restore_caches(executor: CudaExecutor, bucket: Bucket, expected: Sequence[Mapping[str, Array]]) -> None:
+    for rank, known in zip(executor.ranks, expected, strict=True):
+        for cache in rank.plans[bucket].caches:
+            rank.write(bucket, cache, _with_pages(rank.read(bucket, cache), known[str(cache.key)]))
 
 
 def _with_pages(pool: Array, pages: Array) -> Array:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
 from gptoss_compile.launch_plan import Operand, Step
 from gptoss_compile.random_weights import device_parameters
 from gptoss_compile.runtime.executor import Ints
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
 from gptoss_compile.runtime.generate import Generator
+from gptoss_compile.runtime.graphs import Launch
 
 Inputs = dict[str, Ints]
 PIECE = 1 << 30  # bytes of a cache that are filled at once
@@ -42,20 +44,24 @@ class Timing:
 def time_in_turns(executor: CudaExecutor, ways: Sequence[Callable[[], None]], replays: int, groups: int = 5,
                   before: Callable[[], None] = lambda: None) -> list[Timing]:
     """`groups` times, each of several ways in turn: before(), then `replays` back to back, timed by events. So what changes
-    with time, as clocks do, is the same for all. One more group, the first, warms up."""
-    device = executor.device
-    device.use()
-    start, end = device.new_event(), device.new_event()
+    with time, as clocks do, is the same for all. One more group, the first, warms up. Of several ranks the slowest counts.
+    """
+    devices = [rank.device for rank in executor.ranks]
+    events = [(device.new_event(), device.new_event()) for device in devices]
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(groups + 1):
         for way, found in zip(ways, times, strict=True):
             before()
-            device.record(start)
+            for device, (start, _) in zip(devices, events, strict=True):
+                device.use()
+                device.record(start)
             for _ in range(replays):
                 way()
-            device.record(end)
-            device.wait_for(end, "timing")
-            found.append(device.milliseconds(start, end) / replays)
+            for device, (_, end) in zip(devices, events, strict=True):
+                device.use()
+                device.record(end)
+            executor.synchronize("timing")
+            found.append(max(d.milliseconds(*pair) for d, pair in zip(devices, events, strict=True)) / replays)
     return [Timing(tuple(found[1:])) for found in times]
 
 
@@ -70,26 +76,29 @@ def replays_for(ms: float, most: int, seconds: float = 0.12) -> int:
     return max(2, min(most, math.ceil(seconds * 1e3 / max(ms, 1e-3))))
 
 
-def fill_caches(executor: CudaExecutor, generator: Generator) -> None:
+def fill_caches(executor: CudaExecutor, artifact: Artifact) -> None:
     """Random keys and values of variance one: zeros would cost less power than what a model stores."""
     bucket = executor.buckets[0]
-    for cache in executor.plans[bucket].caches:
-        shape = executor.true_shape(cache)
-        jobs = []
-        for at in range(0, shape.bytes, PIECE):
-            count = min(PIECE, shape.bytes - at) // shape.item_bytes
-            parameters = device_parameters(f"{cache.key}.{at}.sinks", (count,), cache.dtype, 0)  # type: ignore[arg-type]
-            jobs.append((str(cache.key), parameters, executor.address(bucket, cache) + at, 0))
-        generator.run(jobs)
+    for rank in executor.ranks:
+        generator = Generator(artifact, rank.device)
+        for cache in rank.plans[bucket].caches:
+            shape = rank.true_shape(cache)
+            jobs = []
+            for at in range(0, shape.bytes, PIECE):
+                count = min(PIECE, shape.bytes - at) // shape.item_bytes
+                parameters = device_parameters(f"{cache.key}.{at}.sinks", (count,), cache.dtype, 0)  # type: ignore[arg-type]
+                jobs.append((str(cache.key), parameters, rank.address(bucket, cache) + at, 0))
+            generator.run(jobs)
 
 
 def time_twice(executor: CudaExecutor, bucket: Bucket, again: Container[int]) -> float:
     """Milliseconds of the bucket's step, on inputs that are in their places, if those of its plan's steps whose numbers are
     in `again` run twice, before themselves with weights of another layer."""
-    prepared, layers = [], executor.config.num_layers
-    for number, step in enumerate(executor.plans[bucket].steps):
-        both = [other_weights(step, layers), step] if number in again else [step]
-        prepared += executor.prepare(bucket, both)
+    layers = executor.config.num_layers
+    prepared: list[list[list[Launch]]] = [[] for _ in executor.ranks]
+    for rank, launches in zip(executor.ranks, prepared, strict=True):
+        for number, step in enumerate(rank.plans[bucket].steps):
+            launches += rank.prepare(bucket, [other_weights(step, layers), step] if number in again else [step])
     graph = executor.capture(f"{bucket} in part twice", prepared)
     once = time_replays(executor, graph.replay, 2, 1).ms
     ms = time_replays(executor, graph.replay, replays_for(once, STEPS, 0.06), 3).ms

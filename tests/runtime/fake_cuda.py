@@ -19,7 +19,7 @@ from cuda.bindings import driver as real
 from gptoss_compile.dialect import OPS
 from gptoss_compile.kernels import registry  # noqa: F401
 from gptoss_compile.launch_plan import KernelLaunch, LaunchPlan, Operand, Step
-from gptoss_compile.random_weights import FP32
+from gptoss_compile.random_weights import FP32, PARAMETERS
 from gptoss_compile.trace import DTYPES
 
 OK = real.CUresult.CUDA_SUCCESS
@@ -248,7 +248,7 @@ class FakeDriver:
         table = (ctypes.POINTER(ctypes.c_uint64) * 4).from_address(captured.parameters)
         row, out, *scratch = [pointer.contents.value for pointer in table]
         assert scratch == [0, 0] and out % 256 == 0
-        parameters = self._tensor(Operand("input", "parameters", "i32", (8,)), row)
+        parameters = self._tensor(Operand("input", "parameters", "i32", (PARAMETERS,)), row)
         _, _, counters, first, mode, *_ = parameters.tolist()
         target = self._tensor(Operand("weight", "out", "i32", (first + counters * (1 + (mode == FP32)),)), out)
         target.copy_(OPS["random_weights"].reference(parameters, target))

@@ -21,7 +21,8 @@ from gptoss_compile.compiler import Request, compile_checkpoint
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.launch_plan import LaunchPlan, Operand
 from gptoss_compile.runtime import cuda_driver, timing
-from gptoss_compile.runtime.executor_cuda import RESERVE, CudaExecutor
+from gptoss_compile.runtime.executor_cuda import CudaExecutor
+from gptoss_compile.runtime.rank_cuda import RESERVE
 from gptoss_compile.target import Target
 
 BENCH = Path(__file__).parents[2] / "bench"

@@ -28,7 +28,8 @@ from gptoss_compile.runtime.check import check_bucket
 from gptoss_compile.runtime.cuda_driver import CudaError
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.executor import load_executor
-from gptoss_compile.runtime.executor_cuda import RESERVE, CudaExecutor
+from gptoss_compile.runtime.executor_cuda import CudaExecutor
+from gptoss_compile.runtime.rank_cuda import RESERVE
 from gptoss_compile.runtime.sampling_params import SamplingParams
 from gptoss_compile.runtime.staging import upload_weights
 from gptoss_compile.target import Target
@@ -77,7 +78,7 @@ def test_computes_what_the_interpreter_computes(executor: CudaExecutor, driver: 
                                                 bucket: Bucket) -> None:
     seed = int.from_bytes(os.urandom(3))
     print(f"seed {seed}")
-    expected, = expected_step(artifact, bucket, tensors_of(artifact), seed)
+    expected = expected_step(artifact, bucket, tensors_of(artifact), seed)
     expect(driver, executor, bucket, 7)
     report = check_bucket(executor, bucket, expected, replays=3)
     assert report.good, report.faults
@@ -87,12 +88,12 @@ def test_computes_what_the_interpreter_computes(executor: CudaExecutor, driver: 
 
 
 def test_a_wrong_buffer_is_found_where_it_is_made(executor: CudaExecutor, driver: FakeDriver, artifact: Artifact) -> None:
-    expected, = expected_step(artifact, DECODE, tensors_of(artifact), 1)
+    (expected,) = arrays = expected_step(artifact, DECODE, tensors_of(artifact), 1)
     wrong = next(i for i, step in enumerate(executor.plans[DECODE].steps) if step.op == "linear_residual")
     expected[f"step.{wrong}.0"] = expected[f"step.{wrong}.0"].copy()
     expected[f"step.{wrong}.0"][0, 5] += 40  # of a bf16's last bits
     expect(driver, executor, DECODE, 5)
-    report = check_bucket(executor, DECODE, expected, replays=1)
+    report = check_bucket(executor, DECODE, arrays, replays=1)
     kernel = executor.plans[DECODE].steps[wrong].launches[0].binary
     assert report.faults[0].startswith(f"step {wrong} linear_residual ({kernel}): out0 bf16[3, 64] is off by"), report.faults
 
@@ -107,7 +108,7 @@ def test_another_plan_takes_a_buckets_place(executor: CudaExecutor, driver: Fake
     inputs, plan, before = step_inputs(artifact, DECODE, 3), executor.plans[DECODE], executor.graphs[DECODE]
     expect(driver, executor, DECODE, 3)
     logits, place = executor.run(DECODE, inputs).copy(), executor.address(DECODE, plan.logits)
-    graph = executor.install(DECODE, replace(plan, arena_bytes=1 << 20), {})
+    graph = executor.install(DECODE, [replace(plan, arena_bytes=1 << 20)], {})
     assert executor.graphs[DECODE] is graph and executor.address(DECODE, plan.logits) != place
     assert np.array_equal(executor.run(DECODE, inputs), logits)
     before.replay()
@@ -188,7 +189,7 @@ def test_the_engine_gets_the_same_with_a_step_ahead_and_without(
     replay = driver._cuGraphLaunch
 
     def replay_any(graph: Any, stream: Any) -> None:
-        bucket = next(b for b, g in executor.graphs.items() if g._executable is graph)
+        bucket = next(b for b, g in executor.graphs.items() if g.parts[0]._executable is graph)
         plan = executor.plans[bucket]
         shapes = {str(cache.key): executor.true_shape(cache).shape for cache in plan.caches}
         driver.expect(plan, {**shapes, "sampled": (8,)})
@@ -243,7 +244,7 @@ def test_random_weights_are_generated(tmp_path: Path, driver: FakeDriver) -> Non
             found = executor.read(DECODE, Operand("weight", name, weights[name].dtype, weights[name].shape))
             assert np.array_equal(found, array), name
     assert "cuEventRecord" not in driver.calls[: driver.calls.index("cuLaunchKernelEx")], "nothing is copied but constants"
-    expected, = expected_step(artifact, DECODE, tensors_of(artifact), 0)
+    expected = expected_step(artifact, DECODE, tensors_of(artifact), 0)
     expect(driver, executor, DECODE, 5)
     report = check_bucket(executor, DECODE, expected, replays=1)
     assert report.good, report.faults

@@ -26,7 +26,8 @@ from gptoss_compile.kernels.sm90.gemv import Shape
 from gptoss_compile.launch_plan import LaunchPlan
 from gptoss_compile.runtime import cuda_driver
 from gptoss_compile.runtime.cuda_driver import Device, Kernel
-from gptoss_compile.runtime.executor_cuda import RESERVE, CudaExecutor
+from gptoss_compile.runtime.executor_cuda import CudaExecutor
+from gptoss_compile.runtime.rank_cuda import RESERVE
 from gptoss_compile.runtime.timing import Timing
 from gptoss_compile.target import Target
 from gptoss_compile.tune import Race, Tuned, tune, write_table
@@ -108,9 +109,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> ClockDriver:
         fake.codes[code] = name
         return load(device, name, code, meta, carveout)
 
-    def learn(executor: CudaExecutor, bucket: Bucket, plan: LaunchPlan, files: dict[str, bytes]) -> Any:
-        fake.learn(plan)
-        return install(executor, bucket, plan, files)
+    def learn(executor: CudaExecutor, bucket: Bucket, plans: list[LaunchPlan], files: dict[str, bytes]) -> Any:
+        fake.learn(plans[0])
+        return install(executor, bucket, plans, files)
 
     monkeypatch.setattr(Device, "load_kernel", load_kernel)
     monkeypatch.setattr(CudaExecutor, "install", learn)
