@@ -157,7 +157,7 @@ def compare(artifact: Artifact, tokens: Array, wanted: dict[str, Array]) -> dict
         ((bucket, inputs),) = prompt_chunks(executor, count, [min(buckets, key=lambda b: b.tokens)])
         inputs["tokens"][:count] = tokens
 
-        def watch(_: int, step: Step) -> None:
+        def watch(rank: int, _: int, step: Step) -> None:
             if step.op == "norm_route":
                 chosen.append(executor.read(bucket, step.outputs[1])[:count])
             elif step.op.startswith("moe_") and step.op != "moe_gate_up":

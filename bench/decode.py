@@ -1,12 +1,13 @@
 """How fast artifacts decode on the GPU here, beside what must move and what a pure read of as many bytes takes.
 
-    python bench/decode.py ARTIFACT... [--batches 1,8,32,128] [--contexts 1024,8192,65536] [--read build/bench/read]
+    python bench/decode.py ARTIFACT... [--tp N] [--batches 1,8,32,128] [--contexts 1024,8192,65536] [--read build/bench/read]
 
 Steps follow one another on the device, each fed with the likeliest tokens of the one before, so nothing waits for the host.
 Their position stays, so that all cost the same. Caches hold random values, sequences differ, and the experts that are
 counted are those that were chosen. Three yardsticks, of kernels that only read (see read_kernel.py): `chain`, one for each
-kernel of the step, experts read behind the router; `early`, the same but nothing waits; `bytes`, one kernel for all. Tables,
-then one JSON line. Needs neither PyTorch nor Triton.
+kernel of the step, experts read behind the router; `early`, the same but nothing waits; `bytes`, one kernel for all. Of an
+artifact of several ranks, bytes are those of the GPU that moves most, and every GPU has its own yardstick, which exchanges
+nothing. Tables, then one JSON line. Needs neither PyTorch nor Triton.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu import Yardstick, seen_experts, step_bytes, touched_experts
+from gpu import Yardstick, open_artifact, seen_experts, step_bytes, touched_experts
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
 from gptoss_compile.gumbel import words
 from gptoss_compile.runtime.cuda_driver import CudaError
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
-from gptoss_compile.runtime.generate import Generator
 from gptoss_compile.runtime.timing import STEPS, Inputs, decode_inputs, fill_caches, fits, replays_for, time_replays
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT")
+    parser.add_argument("--tp", type=int, metavar="N", help="refuse artifacts of other than N ranks")
     parser.add_argument("--batches", type=numbers, default=numbers("1,8,32,128"))
     parser.add_argument("--contexts", type=numbers, default=numbers("1024,8192,65536"))
     parser.add_argument("--read", type=Path, default=Path("build/bench/read"), metavar="DIR", help="kernels that read")
@@ -42,7 +43,7 @@ def main() -> int:
     results = []
     for path in options.artifacts:
         try:
-            results.append(measure(path, options.batches, options.contexts, options.read))
+            results.append(measure(open_artifact(path, options.tp), options.batches, options.contexts, options.read))
         except (ValueError, OSError) as error:
             print(f"decode: error: {path}: {error}", file=sys.stderr)
             results.append({"artifact": path.name, "error": str(error)})
@@ -55,17 +56,16 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def measure(path: Path, batches: Sequence[int], contexts: Sequence[int], read: Path) -> dict[str, Any]:
+def measure(artifact: Artifact, batches: Sequence[int], contexts: Sequence[int], read: Path) -> dict[str, Any]:
     """Every batch and context that the artifact has and the memory holds."""
-    start = time.perf_counter()
-    artifact = Artifact.open(path)
+    start, path = time.perf_counter(), artifact.path
     executor = CudaExecutor.load(artifact, num_pages=None, max_num_seqs=max(batches))
     load = time.perf_counter() - start
-    result: dict[str, Any] = {"artifact": path.name, "gpu": executor.device_name, "load_s": round(load, 2), "rows": [],
-                              "left_out": []}
+    result: dict[str, Any] = {"artifact": path.name, "gpu": executor.device_name, "ranks": artifact.ranks,
+                              "load_s": round(load, 2), "rows": [], "left_out": []}
     try:
         print(f"\n{path.name} on {executor.device_name}: loaded in {load:.1f} s, {executor.num_pages - 1} KV pages")
-        fill_caches(executor, Generator(artifact, executor.device))
+        fill_caches(executor, artifact)
         yardstick = Yardstick(executor, read)
         print(f"  {'batch':>5} {'context':>7} {'ms':>8} {'tok/s':>8} {'GB':>7} {'TB/s':>5}  {'experts':>11}"
               f"  {'chain':>13}  {'early':>13}  {'bytes':>13}  {'host us':>7}")
@@ -101,13 +101,16 @@ def one_row(executor: CudaExecutor, yardstick: Yardstick, bucket: Bucket, contex
     timing = time_replays(executor, graph.replay, replays_for(once, STEPS), 5)
     inputs["tokens"] = executor.read(bucket, next(o for o in executor.plans[bucket].inputs if o.key == "tokens"))
     experts, config = seen_experts(executor, bucket, inputs), executor.config
-    plan = executor.plans[bucket]
-    sizes = [(step_bytes(config, step, context, experts), step.op.startswith("moe_gate_up")) for step in plan.steps]
-    total = sum(size for size, _ in sizes)
-    whole = {"chain": yardstick.chain(sizes), "early": yardstick.chain((size, False) for size, _ in sizes),
-             "bytes": yardstick.chain([(total, False)])}
+    sizes = [[(step_bytes(config, step, context, experts), step.op.startswith("moe_gate_up"))
+              for step in rank.plans[bucket].steps] for rank in executor.ranks]
+    totals = [sum(size for size, _ in own) for own in sizes]
+    total = max(totals)
+    whole = {"chain": yardstick.chain(sizes),
+             "early": yardstick.chain([[(size, False) for size, _ in own] for own in sizes]),
+             "bytes": yardstick.chain([[(own, False)] for own in totals])}
     return {"batch": bucket.tokens, "context": context, "ms": round(timing.ms, 4), "best_ms": round(timing.best, 4),
-            "tok_s": round(bucket.tokens / timing.ms * 1e3, 1), "bytes": total, "tb_s": round(total / timing.ms / 1e9, 3),
+            "tok_s": round(bucket.tokens / timing.ms * 1e3, 1), "bytes": total, "gpu_bytes": totals,
+            "tb_s": round(total / timing.ms / 1e9, 3),
             "experts": round(experts, 1),
             "experts_expected": round(touched_experts(config.num_experts, bucket.tokens * config.experts_per_token), 1),
             "yardsticks": whole, "ratio": {name: round(found["ms"] / timing.ms, 3) for name, found in whole.items()},
@@ -133,7 +136,7 @@ def host_microseconds(executor: CudaExecutor, bucket: Bucket, inputs: Inputs, ti
             start = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - start)
-            executor.device.synchronize("timing the host")
+            executor.synchronize("timing the host")
             if call is not calls["replay"]:
                 executor.result()
         found[name] = round(statistics.median(seconds) * 1e6, 1)

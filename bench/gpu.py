@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.launch_plan import KernelLaunch, Operand, Step
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
-from gptoss_compile.runtime.graphs import Graph, Launch, make_launch
+from gptoss_compile.runtime.graphs import Launch, make_launch
+from gptoss_compile.runtime.rank_cuda import Rank
 from gptoss_compile.runtime.timing import Inputs, replays_for, time_replays
 
 EXPERT_WEIGHTS = {f"{at}{kind}" for at in ("weight", "up", "down") for kind in ("", "_scales", "_bias")} | {"scales", "bias"}
@@ -47,50 +49,70 @@ def seen_experts(executor: CudaExecutor, bucket: Bucket, inputs: Inputs) -> floa
     """Distinct experts a layer, the mean over layers, that a step on these inputs chooses."""
     counts = []
 
-    def watch(number: int, step: Step) -> None:
-        if step.op == "norm_route":
-            counts.append(len(np.unique(executor.read(bucket, step.outputs[1]))))
+    def watch(rank: int, number: int, step: Step) -> None:
+        if rank == 0 and step.op.endswith("norm_route"):
+            counts.append(len(np.unique(executor.read(bucket, step.outputs[-1]))))
 
     executor.run_steps(bucket, inputs, watch)
     return statistics.fmean(counts)
+
+
+# Artifacts ----------------------------------------------------------------------------------------------------------
+
+
+def open_artifact(path: Path, ranks: int | None) -> Artifact:
+    """The artifact, of so many ranks if that is asked for. Raises ValueError."""
+    artifact = Artifact.open(path)
+    if ranks is not None and artifact.ranks != ranks:
+        raise ValueError(f"--tp {ranks}: it was compiled for {artifact.ranks}")
+    return artifact
 
 
 # The yardstick ------------------------------------------------------------------------------------------------------
 
 
 class Yardstick:
-    """Chains of kernels that only read, over the memory of the weights; see read_kernel.py."""
+    """Chains of kernels that only read, over the memory of the weights; see read_kernel.py. Of several ranks each has one of
+    its own, and all run at once, without waiting for each other."""
 
     def __init__(self, executor: CudaExecutor, folder: Path) -> None:
-        self._executor, self._kernels = executor, {}
-        for path in sorted(folder.glob("*.json")):
-            meta = json.loads(path.read_bytes())
-            code = path.with_suffix(".cubin").read_bytes()
-            self._kernels[path.stem] = executor.device.load_kernel(path.stem, code, meta)
-        self.shapes = sorted({name.rpartition("-")[0] for name in self._kernels})
+        self._executor = executor
+        self._readers = [_Reader(rank, folder) for rank in executor.ranks]
+        self.shapes = self._readers[0].shapes
         if not self.shapes:
             raise ValueError(f"{folder} holds no read kernels; make them with bench/read_kernel.py")
-        self._at = 0
-        self._scratch = executor.device.allocate(1 << 20, "the yardstick")
 
-    def chain(self, sizes: Iterable[tuple[int, bool]]) -> dict[str, Any]:
-        """The fastest chain of one kernel for each (bytes, late): {"ms", "shape"}."""
-        sizes, found = list(sizes), []
+    def chain(self, sizes: Sequence[Iterable[tuple[int, bool]]]) -> dict[str, Any]:
+        """The fastest chain of one kernel for each (bytes, late) of each rank: {"ms", "shape"}."""
+        ranks, found = [list(own) for own in sizes], []
         for shape in self.shapes:
-            graph = self._graph([launch for size, late in sizes for launch in self._reads(shape, size, late)])
+            graph = self._executor.capture("the yardstick", [
+                [reader.reads(shape, size, late) for size, late in own]
+                for reader, own in zip(self._readers, ranks, strict=True)])
             once = time_replays(self._executor, graph.replay, 2, 1).ms
             found.append((time_replays(self._executor, graph.replay, replays_for(once, 64), 3).ms, shape))
             graph.close()
         ms, shape = min(found)
         return {"ms": round(ms, 4), "shape": shape}
 
-    def _graph(self, launches: Sequence[Launch]) -> Graph:
-        return self._executor.capture("the yardstick", [launches])
 
-    def _reads(self, shape: str, size: int, late: bool) -> list[Launch]:
+class _Reader:
+    """The kernels that read, on one rank's device."""
+
+    def __init__(self, rank: Rank, folder: Path) -> None:
+        self._rank, self._kernels = rank, {}
+        for path in sorted(folder.glob("*.json")):
+            meta = json.loads(path.read_bytes())
+            code = path.with_suffix(".cubin").read_bytes()
+            self._kernels[path.stem] = rank.device.load_kernel(path.stem, code, meta)
+        self.shapes = sorted({name.rpartition("-")[0] for name in self._kernels})
+        self._at = 0
+        self._scratch = rank.device.allocate(1 << 20, "the yardstick")
+
+    def reads(self, shape: str, size: int, late: bool) -> list[Launch]:
         """One kernel that reads `size` bytes, more than the cache holds behind what was read before; or several, if that is
         more than there is."""
-        first, total = self._executor.weights_range
+        first, total = self._rank.weights.first, self._rank.weights.bytes
         block = int(shape.partition("-")[0]) * 4
         name, left = f"{shape}-{'late' if late else 'early'}", -(-size // block)
         launches = []
@@ -100,7 +122,7 @@ class Yardstick:
                 self._at = 0
             planned = KernelLaunch(name, (part, 1, 1), (), (), True)
             pointers = (first + self._at, self._scratch, self._scratch + (1 << 19))
-            launches.append(make_launch(self._executor.device, "the yardstick", planned, self._kernels[name], pointers))
+            launches.append(make_launch(self._rank.device, "the yardstick", planned, self._kernels[name], pointers))
             self._at += part * block
             left -= part
         return launches

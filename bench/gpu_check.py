@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gptoss_compile.artifact import Artifact
+from gptoss_compile.artifact import Artifact, rank_suffix
 from gptoss_compile.runtime.check import Report, check_bucket
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
 
@@ -48,13 +48,14 @@ def check(case: Path, replays: int, verbose: bool) -> dict[str, Any]:
     artifact = Artifact.open(case / "artifact")
     executor = CudaExecutor.load(artifact, num_pages=KV_PAGES, max_num_seqs=SEQUENCES)
     load = time.perf_counter() - start
-    print(f"\n{case.name}: {artifact.target}, {artifact.config.expert_format} experts, on {executor.device_name}, "
-          f"loaded in {load:.2f} s")
+    print(f"\n{case.name}: {artifact.target}, {artifact.config.expert_format} experts, {artifact.ranks} ranks, on "
+          f"{executor.device_name}, loaded in {load:.2f} s")
     reports = []
     try:
         for bucket in artifact.buckets:
-            with np.load(case / "expected" / f"{bucket.name}.npz") as expected:
-                reports.append(check_bucket(executor, bucket, dict(expected), replays))
+            names = (f"{bucket.name}{rank_suffix(rank)}.npz" for rank in range(artifact.ranks))
+            expected = [dict(np.load(case / "expected" / name)) for name in names]
+            reports.append(check_bucket(executor, bucket, expected, replays))
             show(reports[-1], verbose)
     finally:
         executor.close()
@@ -68,13 +69,15 @@ def show(report: Report, verbose: bool) -> None:
     print(f"\n{report.bucket}: {report.launches} launches, {report.programmatic} programmatic edges, "
           f"{report.replays} replays of {report.replay_seconds * 1e6:.0f} us, whole step off by {report.chain:.1e}: "
           f"{'good' if report.good else 'FAULTY'}")
-    print(f"  {'step':>4}  {'operator':22} {'buffer':32} {'element':>8} {'norm':>8}")
+    print(f"  {'step':>4} {'rank':>4}  {'operator':22} {'buffer':32} {'element':>8} {'norm':>8}")
     rows = report.comparisons
     if not verbose:
-        worst = {(c.op, c.buffer.split()[0].split(".")[0]): c for c in sorted(rows, key=lambda c: (not c.good, c.element))}
-        rows = sorted(worst.values(), key=lambda c: c.number)
+        worst = {(c.rank, c.op, c.buffer.split()[0].split(".")[0]): c
+                 for c in sorted(rows, key=lambda c: (not c.good, c.element))}
+        rows = sorted(worst.values(), key=lambda c: (c.number, c.rank))
     for c in rows:
-        print(f"  {c.number:>4}  {c.op:22} {c.buffer:32} {c.element:8.1e} {c.norm:8.1e}  {'' if c.good else 'OFF'}")
+        print(f"  {c.number:>4} {c.rank:>4}  {c.op:22} {c.buffer:32} {c.element:8.1e} {c.norm:8.1e}"
+              f"  {'' if c.good else 'OFF'}")
     for fault in report.faults:
         print(f"  FAULT {fault}")
 

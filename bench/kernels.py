@@ -26,7 +26,6 @@ from gptoss_compile.config import Bucket
 from gptoss_compile.launch_plan import Operand, Step
 from gptoss_compile.runtime.cuda_driver import CudaError
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
-from gptoss_compile.runtime.generate import Generator
 from gptoss_compile.runtime.timing import STEPS, fill_caches, fits, step_inputs, time_twice
 
 DENSE = ("norm_linear", "linear_residual", "norm_head")
@@ -83,7 +82,7 @@ def measure(path: Path, wanted: Sequence[str] | None, context: int) -> dict[str,
     result: dict[str, Any] = {"artifact": path.name, "gpu": executor.device_name, "context": context, "buckets": []}
     try:
         print(f"\n{path.name} on {executor.device_name}")
-        fill_caches(executor, Generator(artifact, executor.device))
+        fill_caches(executor, artifact)
         for bucket in buckets:
             if bucket.kind == "decode" and not fits(executor, bucket.tokens, context, STEPS):
                 print(f"  {bucket.name} left out: the KV pages do not suffice")
@@ -120,7 +119,6 @@ def shares(executor: CudaExecutor, bucket: Bucket, context: int,
     def timed(op: str | None) -> float:
         return time_twice(executor, bucket, {number for number, step in enumerate(steps) if step.op == op})
 
-    executor.device.use()
     executor.upload(bucket, inputs)
     whole = timed(None)
     found = []

@@ -1,6 +1,6 @@
 """What serving adds to a decode step on the GPU here: the engine's steps beside bare replays of the last one's graph.
 
-    python bench/steps.py ARTIFACT [--batches 1,32] [--context 1000] [--steps 500] [--temperature 0]
+    python bench/steps.py ARTIFACT [--tp N] [--batches 1,32] [--context 1000] [--steps 500] [--temperature 0]
 
 Requests run in the engine as under the API, each with a consumer in an event loop. When all generate, `--steps` steps are
 timed; then they are aborted, and the graph that the last step replayed is replayed on the inputs it left, over and over.
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu import open_artifact
 
-from gptoss_compile.artifact import Artifact
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
 from gptoss_compile.runtime.outputs import RequestHandle
@@ -34,12 +34,13 @@ WARM = 20  # tokens of each answer before the clock starts
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    parser.add_argument("--tp", type=int, metavar="N", help="refuse artifacts of other than N ranks")
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 32])
     parser.add_argument("--context", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--temperature", type=float, default=0.0)
     options = parser.parse_args()
-    artifact = Artifact.open(options.artifact)
+    artifact = open_artifact(options.artifact, options.tp)
     sequences = max(options.batches)
     executor = CudaExecutor.load(artifact, num_pages=None, max_num_seqs=sequences)
     engine = Engine(executor, max_num_seqs=sequences, max_num_batched_tokens=max(b.tokens for b in artifact.buckets))
@@ -51,7 +52,7 @@ def main() -> int:
         rows.append(measure(engine, executor, batch, options))
         print("  {batch:5} {served_ms:10.4f} {bare_ms:10.4f} {added:7.1%}".format(**rows[-1]), flush=True)
     engine.shutdown(drain=False)
-    print(json.dumps({"bench": "steps", "artifact": artifact.path.name, "gpu": executor.device_name,
+    print(json.dumps({"bench": "steps", "artifact": artifact.path.name, "gpu": executor.device_name, "ranks": artifact.ranks,
                       "context": options.context, "temperature": options.temperature, "rows": rows}))
     return 0
 

@@ -82,7 +82,8 @@ def binary_files(binary: Binary) -> list[tuple[str, bytes]]:
 
 def random_weights_files(target: Target) -> list[tuple[str, bytes]]:
     """The artifact's files by which its random weights are generated on the device."""
-    (launch,) = generate.instantiate(target, {"parameters": TensorSpec((PARAMETERS,), "i32"), "out": TensorSpec((1,), "i32")})
+    operands = {"parameters": TensorSpec((PARAMETERS,), "i32"), "out": TensorSpec((1,), "i32")}
+    (launch,) = generate.instantiate(target, operands)
     binary = build(launch.source, target)
     planned = {"binary": binary.stem, "grid": list(launch.grid)}
     return [(RANDOM_WEIGHTS, canonical_json(planned)), *binary_files(binary)]

@@ -81,8 +81,8 @@ class DeviceParameters:
 
     def row(self, first: int) -> Array:
         """i32 [PARAMETERS], the kernel's `parameters`; first: of the words of 32 bits that are written."""
-        values = (self.key0, self.key1, self.counters, first, self.mode, self.a, self.b, self.width, self.stride, self.offset,
-                  self.single, 0)
+        values = (self.key0, self.key1, self.counters, first, self.mode, self.a, self.b,
+                  self.width, self.stride, self.offset, self.single, 0)
         return np.array(values, np.int64).astype(np.uint32).view(np.int32)
 
 

@@ -67,9 +67,10 @@ def generated(parameters: Tensor, start: int, stop: int) -> Tensor:
     else:
         values = torch.stack([word(units) >> lane * bits & (1 << bits) - 1 for lane in range(per_word)], -1).reshape(-1)
     if mode == BYTES:
-        return ((values & a & 0xFF) + (b & 0xFF)).to(torch.uint8).view(torch.int32)
+        bytes_: Tensor = ((values & a & 0xFF) + (b & 0xFF)).to(torch.uint8)
+        return bytes_.view(torch.int32)
     scale = torch.tensor([b], dtype=torch.int32, device=values.device).view(torch.float32)
-    rounded = (((values ^ 0x8000) - 0x8000 + a).float() * scale).bfloat16()
+    rounded: Tensor = (((values ^ 0x8000) - 0x8000 + a).float() * scale).bfloat16()
     return (rounded if mode == BF16 else rounded.float()).view(torch.int32)
 
 

@@ -73,7 +73,7 @@ def check_bucket(executor: CudaExecutor, bucket: Bucket, expected: Sequence[Mapp
     inputs = {name.removeprefix("input."): value for name, value in expected[0].items() if name.startswith("input.")}
     _each_step(executor, bucket, inputs, expected, report)
     _restore_caches(executor, bucket, expected)
-    logits = executor.run_steps(bucket, inputs, lambda *event: _same_on_all(executor, bucket, *event, report))
+    logits = executor.run_steps(bucket, inputs, lambda *event: _same_on_all(executor, bucket, report, *event))
     caches = _caches(executor, bucket)
     rows = inputs["positions"] >= 0 if bucket.kind == "decode" else slice(None)  # others are of padding
     report.chain = errors_of(logits[rows], expected[0][f"step.{len(steps) - 1}.0"][rows], "fp32")[1]
@@ -117,7 +117,7 @@ def _each_step(executor: CudaExecutor, bucket: Bucket, inputs: Mapping[str, Arra
     executor.run_steps(bucket, inputs, watch)
 
 
-def _same_on_all(executor: CudaExecutor, bucket: Bucket, rank: int, number: int, step: Step, report: Report) -> None:
+def _same_on_all(executor: CudaExecutor, bucket: Bucket, report: Report, rank: int, number: int, step: Step) -> None:
     """Behind an exchange all ranks must hold the same: the residual stream, or all logits."""
     if rank and step.op.startswith(("reduce_", "all_gather")) and step.op != "reduce_norm_head":
         first = executor.plans[bucket].steps[number].outputs[0]

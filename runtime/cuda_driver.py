@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import permutations
@@ -82,8 +81,8 @@ class Device:
         api, wanted = bindings(), f"{purpose} {target}"
         visible = _count(api, target, wanted)
         if visible < count:
-            raise CudaError(f"{purpose} {count} GPUs, one a rank, and {visible} {'is' if visible == 1 else 'are'} visible: make "
-                            f"more visible (CUDA_VISIBLE_DEVICES), or compile with a smaller --tp")
+            raise CudaError(f"{purpose} {count} GPUs, one a rank, but {visible} {'is' if visible == 1 else 'are'} visible: "
+                            "make more visible with CUDA_VISIBLE_DEVICES, or compile with a smaller --tp")
         with ExitStack() as stack:
             devices = []
             for ordinal in range(count):
@@ -98,9 +97,9 @@ class Device:
         """Let this GPU's kernels read and write the peer's memory. Raises CudaError if they cannot."""
         doing = f"asking whether GPU {self.ordinal} reaches GPU {peer.ordinal}"
         if not self.check(self.api.cuDeviceCanAccessPeer(self._handle, peer._handle), doing):
-            raise CudaError(f"GPU {self.ordinal} ({self.name}) has no access to the memory of GPU {peer.ordinal} ({peer.name}), "
-                            "through which ranks exchange; choose GPUs that have (CUDA_VISIBLE_DEVICES; nvidia-smi topo -p2p r "
-                            "lists them), or compile with a smaller --tp")
+            raise CudaError(f"GPU {self.ordinal} ({self.name}) has no access to the memory of GPU {peer.ordinal} "
+                            f"({peer.name}), through which ranks exchange; choose GPUs that have (CUDA_VISIBLE_DEVICES; see "
+                            "nvidia-smi topo -p2p r), or compile with a smaller --tp")
         self.use()
         result = self.api.cuCtxEnablePeerAccess(peer._context, 0)
         if result[0].name != "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED":

@@ -49,8 +49,8 @@ class Exchange:
             device.release_pinned(memory)
 
     def wait_for(self, rank: int, event: Any, doing: str) -> None:
-        """Wait until a rank has passed an event. Raises CudaError, which names the rank, as soon as one has failed or did not
-        answer another."""
+        """Wait until a rank has passed an event. Raises CudaError, which names the rank, as soon as one has failed or has
+        not answered another."""
         deadline = time.perf_counter() + PATIENCE
         while not self._passed(rank, event, doing):
             self.check(doing)

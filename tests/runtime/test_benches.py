@@ -166,7 +166,7 @@ def test_against_transformers(artifact: Artifact, driver: NullDriver, monkeypatc
 
 def test_startup(artifact: Artifact, driver: NullDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     module = bench("startup", monkeypatch)
-    result = module.measure(artifact.path, 8, module.time.time())
+    result = module.measure(artifact.path, None, 8, module.time.time())
     assert result["graphs"] == 4 and result["total_s"] == pytest.approx(sum(result["seconds"].values()), abs=0.01)
     assert [n for n in result["seconds"] if n.startswith("capture")] == [f"capture {b}" for b in BUCKETS]
     layouts = LaunchPlan.loads(artifact.file(f"plans/{BUCKETS[0].name}.json").read_text()).layouts
