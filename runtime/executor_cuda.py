@@ -197,7 +197,7 @@ class CudaExecutor:
         """`run` without a graph: the launches of each step alone, on all ranks at once, then watch(rank, number, step) for
         each rank, which may read and write.
 
-        The arena is poisoned first, and its freed ranges behind each step, as the plan interpreter does.
+        The arena is poisoned first, and freed ranges behind each step, as the plan interpreter does.
         """
         self.poison(bucket)
         self.upload(bucket, inputs)
@@ -213,8 +213,7 @@ class CudaExecutor:
             for rank in self.ranks if watch else ():
                 watch(rank.number, number, rank.plans[bucket].steps[number])  # type: ignore[misc]
             for rank in self.ranks:
-                for start, end in rank.plans[bucket].steps[number].frees:
-                    rank.fill(start, end)
+                rank.free(rank.plans[bucket].steps[number])
         result: Floats = self.read(bucket, self.plans[bucket].logits)
         return result
 

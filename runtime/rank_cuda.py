@@ -45,7 +45,6 @@ class Rank:
         self._places = {"sampled": self.sampled}
         self.inputs: dict[Bucket, Mapping[str, int]] = {}
         self.areas: Sequence[int] = ()
-        self._slots = {(bucket, key) for bucket, plan in self.plans.items() for key in _slots(plan)}
         self.launches: dict[Bucket, list[list[Launch]]] = {}
 
     # Loading ------------------------------------------------------------------------------------------------
@@ -109,7 +108,7 @@ class Rank:
             return self._arena + int(operand.key)
         if operand.place == "workspace":
             return self._workspace + int(operand.key)
-        if operand.place == "exchange":
+        if operand.place in ("exchange", "slots"):
             return self.areas[self.number] + int(operand.key)
         if operand.place == "input":
             return self.inputs[bucket][str(operand.key)]
@@ -133,10 +132,8 @@ class Rank:
     def read(self, bucket: Bucket, operand: Operand) -> Array:
         """See `CudaExecutor.read`."""
         operand = self.true_shape(operand)
-        if slot := self._slot(bucket, operand):
-            address, _ = slot
-            words = self._download(address, 2 * operand.bytes).view(np.uint32).reshape(-1, 2)
-            return words[:, 0].copy().view(np.float32).reshape(operand.shape)
+        if operand.place == "slots":
+            return self._pairs(operand)[:, 0].copy().view(np.float32).reshape(operand.shape)
         raw = self._download(self.address(bucket, operand), operand.bytes)
         return raw.view(NUMPY[operand.dtype]).reshape(operand.shape)
 
@@ -145,31 +142,35 @@ class Rank:
         operand = self.true_shape(operand)
         assert (values.shape, values.dtype) == (operand.shape, NUMPY[operand.dtype]), (operand, values.shape)
         values = np.ascontiguousarray(values).reshape(-1)
-        if slot := self._slot(bucket, operand):
-            address, step = slot
-            words = np.stack([values.view(np.uint32), np.full(values.size, step, np.uint32)], 1)
-            for area in self.areas:
-                self._upload(address - self.areas[self.number] + area, words.view(np.uint8).reshape(-1))
-        else:
+        if operand.place != "slots":
             self._upload(self.address(bucket, operand), values.view(np.uint8))
+            return
+        pairs = self._pairs(operand)
+        pairs[:, 0] = values.view(np.uint32)
+        for area in self.areas:
+            self._upload(area + self._own_slots(operand), pairs.reshape(-1).view(np.uint8))
 
     def poison(self, bucket: Bucket) -> None:
         """Fill the bucket's intermediate results with NaN."""
-        self.fill(0, self.plans[bucket].arena_bytes)
-
-    def fill(self, start: int, end: int) -> None:
-        """Fill a range of the arena with NaN."""
         self.device.use()
-        self.device.fill(self._arena + start, end - start, POISON)
+        self.device.fill(self._arena, self.plans[bucket].arena_bytes, POISON)
 
-    def _slot(self, bucket: Bucket, operand: Operand) -> tuple[int, int] | None:
-        """If an operand is a partial sum that goes to all ranks value by value: the address of this rank's own pairs of a
-        value and the number of the step, and that number."""
-        if operand.place != "exchange" or (bucket, operand.key) not in self._slots:
-            return None
-        area = self.areas[self.number]
-        step = int(self._download(area + 64, 4).view(np.uint32)[0])
-        return area + int(operand.key) + 2 * operand.bytes * self.number, step
+    def free(self, step: Step) -> None:
+        """Fill with NaN what is dead behind a step."""
+        self.device.use()
+        for start, end in step.frees:
+            self.device.fill(self._arena + start, end - start, POISON)
+        for start, end in step.exchange_frees:
+            self.device.fill(self.areas[self.number] + start, end - start, POISON)
+
+    def _pairs(self, operand: Operand) -> Array:
+        """What this rank last put into slots: u32 [values, 2], each value with the tag of its step."""
+        address = self.areas[self.number] + self._own_slots(operand)
+        return self._download(address, 2 * operand.bytes).view(np.uint32).reshape(-1, 2)
+
+    def _own_slots(self, operand: Operand) -> int:
+        """Where in every rank's area this rank's values of a partial sum are."""
+        return int(operand.key) + 2 * operand.bytes * self.number
 
     def _download(self, address: int, size: int) -> Bytes:
         self.device.use()
@@ -192,12 +193,6 @@ class Rank:
             yield raw
         finally:
             self.device.release_pinned(raw)
-
-
-def _slots(plan: LaunchPlan) -> set[int | str]:
-    """Keys of the partial sums that lie in the exchange area as pairs: few tokens', see `kernels/exchange.py`."""
-    return {operand.key for step in plan.steps if step.op.endswith("_partial") for operand in step.outputs
-            if operand.place == "exchange" and operand.dtype == "fp32"}
 
 
 def _around(plan: LaunchPlan) -> tuple[Step, Step]:
