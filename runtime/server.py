@@ -27,7 +27,7 @@ from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.executor import load_executor
 
 DRAIN_SECONDS = 60  # how long answers may take to finish after SIGTERM
-DEATH_TICKS = 10  # tenths of a second for which /health tells of the engine's death before the server goes
+DEATH_TICKS = 3  # tenths of a second for which /health tells of the engine's death before the server goes
 
 
 class EngineDiedError(RuntimeError):
@@ -53,7 +53,8 @@ def serve(
     ssl_certfile: str | None = None,
     ssl_keyfile: str | None = None,
 ) -> None:
-    """Serve an artifact until SIGTERM or SIGINT, which let running answers finish.
+    """Serve an artifact until SIGTERM or SIGINT, which let running answers finish. It takes as many GPUs as the artifact has
+    ranks, the first that are visible.
 
     kv_pages: pages of the KV cache, by default as many as the memory holds. max_num_seqs and max_num_batched_tokens
     bound one step; by default the artifact's buckets do. system_date, responses_dialect and allowed_origins are described
@@ -80,6 +81,8 @@ def serve(
         grammars = threading.Thread(target=llguidance_tokenizer, args=(tokenizer,), daemon=True)
         if tokenizer:
             grammars.start()  # takes seconds, in which nothing could be served
+        if artifact.ranks > 1 and artifact.target != "cpu":
+            print(f"Taking {artifact.ranks} GPUs, one for each rank of {artifact.path.name}", flush=True)
         executor = load_executor(artifact, num_pages=kv_pages, max_num_seqs=sequences)
         engine = Engine(
             executor,

@@ -98,7 +98,7 @@ class Machine(FakeDriver):
             report = ctypes.c_uint32.from_address(int(header["report"]))
             if not report.value and time.perf_counter() - self.waits_since < header["limit_ms"] / 1000:
                 return None
-            missing = next(m.number for m in machines if m is not self and m.meeting is None)
+            missing = next((m.number for m in machines if m is not self and m.meeting is None), self.number)
             report.value = report.value or 1 + missing
             self.meeting = self.waits_since = None
             return [torch.zeros(operand.shape) for _ in machines]
@@ -131,17 +131,8 @@ class Machine(FakeDriver):
             return lambda: self._generate(captured) is None
         if captured.function.startswith(("tiles", "mxfp4")):
             return lambda: self._lay_out(captured) is None
-        taken: list[tuple[Step, dict[str, int]]] = []
-
-        def run() -> bool:
-            if not taken:
-                found = self.arguments(captured)
-                if found is None:
-                    return True
-                taken.append(found)
-            return self.run_step(*taken[0])
-
-        return run
+        found = self.arguments(captured)
+        return lambda: found is None or self.run_step(*found)
 
     def arguments(self, captured: Captured) -> tuple[Step, dict[str, int]] | None:
         """The step whose last launch this is, and where its tensors are; None for one of the launches before."""
@@ -218,9 +209,10 @@ class FakeHost:
             elif name in QUEUED:
                 assert args[-1] == self.current, f"{name}: another GPU's context is current"
                 if name == "cuMemcpy2DAsync":
-                    names = ("srcHost", "dstDevice", "srcPitch", "dstPitch", "WidthInBytes", "Height", "srcMemoryType",
-                             "dstMemoryType")
-                    args = (SimpleNamespace(**{n: getattr(args[0], n) for n in names}), *args[1:])
+                    numbers = ("srcHost", "dstDevice", "srcPitch", "dstPitch", "WidthInBytes", "Height")
+                    copy = SimpleNamespace(**{n: int(getattr(args[0], n)) for n in numbers})
+                    copy.srcMemoryType, copy.dstMemoryType = args[0].srcMemoryType, args[0].dstMemoryType
+                    args = (copy, args[1])
                 work = getattr(machine, f"_{name}")
                 machine.queue.append(lambda: work(*args) is None)
                 self.pump()

@@ -6,8 +6,10 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from cuda.bindings import driver as real
@@ -20,7 +22,7 @@ from gptoss_compile.compiler import Request, compile_checkpoint
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.expected import expected_step, tensors_of
 from gptoss_compile.launch_plan import Operand
-from gptoss_compile.runtime import cuda_driver, exchange_cuda
+from gptoss_compile.runtime import cuda_driver, exchange_cuda, server
 from gptoss_compile.runtime.check import check_bucket
 from gptoss_compile.runtime.cuda_driver import CudaError
 from gptoss_compile.runtime.engine import Engine
@@ -306,12 +308,56 @@ def test_the_engine_ends_with_a_rank(artifact: Artifact, host: FakeHost, monkeyp
     first = threading.Event()
     monkeypatch.setattr(engine._scheduler, "commit", told(engine._scheduler.commit, first))
     assert first.wait(10) and engine.healthy
-    stall(executor, host, monkeypatch, 200)
+    engine._inbox.put(lambda: stall(executor, host, monkeypatch, 200))
     stalled = time.perf_counter()
     with pytest.raises(EngineError, match=r"rank 1 \(Fake GPU, GPU 1\) did not answer within 0.2 s"):
         handle.result()
     assert time.perf_counter() - stalled < 1 and not engine.healthy
     engine.shutdown()
+
+
+def test_the_server_ends_with_a_rank(artifact: Artifact, host: FakeHost, monkeypatch: pytest.MonkeyPatch,
+                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """A stalled rank: requests fail and /health tells so, then the process ends, all within two seconds."""
+    loaded: list[CudaExecutor] = []
+    start, init, ended = CudaExecutor._start, CudaExecutor.__init__, []
+
+    def keep(self: CudaExecutor, *arguments: Any) -> None:
+        init(self, *arguments)
+        loaded.append(self)
+
+    def followed(self: CudaExecutor, bucket: Bucket, rows: int, columns: int) -> None:
+        follow(host, self, bucket)
+        start(self, bucket, rows, columns)
+
+    monkeypatch.setattr(CudaExecutor, "__init__", keep)
+    monkeypatch.setattr(CudaExecutor, "_start", followed)
+    with closing(server._listen("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = [str(artifact.path), "--port", str(port), "--kv-pages", "60", "--max-num-seqs", "3"]
+    thread = threading.Thread(target=lambda: ended.append((server.main(arguments), time.perf_counter())), daemon=True)
+    thread.start()
+    url, ask = f"http://127.0.0.1:{port}", {"model": "artifact", "prompt": [1, 2, 3], "max_tokens": 8, "ignore_eos": True}
+    while status(url) != 200:
+        assert thread.is_alive()
+        time.sleep(0.05)
+    assert httpx.post(f"{url}/v1/completions", json=ask).status_code == 200
+    stall(loaded[0], host, monkeypatch, 1000)
+    stalled = time.perf_counter()
+    answer = httpx.post(f"{url}/v1/completions", json=ask)
+    assert answer.status_code == 503 and status(url) == 503
+    thread.join(10)
+    ((code, end),) = ended
+    said = capsys.readouterr()
+    assert code == 1 and "rank 1 (Fake GPU, GPU 1) did not answer within 1.0 s" in said.err
+    assert said.out.startswith("Taking 2 GPUs, one for each rank of artifact") and 1 < end - stalled < 2
+
+
+def status(url: str) -> int | None:
+    try:
+        return httpx.get(f"{url}/health").status_code
+    except httpx.TransportError:
+        return None
 
 
 def told(call: Any, event: threading.Event) -> Any:
