@@ -76,7 +76,7 @@ class Rank:
 
     def load_kernels(self, artifact: Artifact) -> None:
         wanted = sorted({kernel for plan in self.plans.values() for kernel in _kernels(plan)})
-        self._kernels = {kernel: load_kernel(artifact, self.device, *kernel) for kernel in wanted}
+        self.kernels = {kernel: load_kernel(artifact, self.device, *kernel) for kernel in wanted}
 
     def install(self, bucket: Bucket, plan: LaunchPlan, files: Mapping[str, bytes]) -> Graph:
         """Put a plan in a bucket's place; see `CudaExecutor.install`."""
@@ -84,9 +84,9 @@ class Rank:
         if any(size > here for size, here in zip(wanted, self._sizes, strict=True)):
             self._sizes = max(wanted[0], self._sizes[0]), max(wanted[1], self._sizes[1])
             self._allocate_arena()
-        for name, carveout in set(_kernels(plan)) - self._kernels.keys():
+        for name, carveout in set(_kernels(plan)) - self.kernels.keys():
             meta = json.loads(files[f"{name}.json"])
-            self._kernels[name, carveout] = self.device.load_kernel(name, files[f"{name}.cubin"], meta, carveout)
+            self.kernels[name, carveout] = self.device.load_kernel(name, files[f"{name}.cubin"], meta, carveout)
         steps, (before, behind) = self.prepare(bucket, plan.steps), self.prepare(bucket, _around(plan))
         graph = self.capture(bucket.name, [before, *steps, behind])
         self.plans[bucket], self.launches[bucket] = plan, steps
@@ -94,7 +94,7 @@ class Rank:
 
     def prepare(self, bucket: Bucket, steps: Sequence[Step]) -> list[list[Launch]]:
         """The launches of steps of a bucket's plan."""
-        return prepare(self.device, bucket.name, steps, self._kernels, lambda operand: self.address(bucket, operand))
+        return prepare(self.device, bucket.name, steps, self.kernels, lambda operand: self.address(bucket, operand))
 
     def capture(self, name: str, steps: Iterable[Iterable[Launch]]) -> Graph:
         self.device.use()
@@ -143,12 +143,12 @@ class Rank:
         assert (values.shape, values.dtype) == (operand.shape, NUMPY[operand.dtype]), (operand, values.shape)
         values = np.ascontiguousarray(values).reshape(-1)
         if operand.place != "slots":
-            self._upload(self.address(bucket, operand), values.view(np.uint8))
+            self.upload(self.address(bucket, operand), values.view(np.uint8))
             return
         pairs = self._pairs(operand)
         pairs[:, 0] = values.view(np.uint32)
         for area in self.areas:
-            self._upload(area + self._own_slots(operand), pairs.reshape(-1).view(np.uint8))
+            self.upload(area + self._own_slots(operand), pairs.reshape(-1).view(np.uint8))
 
     def poison(self, bucket: Bucket) -> None:
         """Fill the bucket's intermediate results with NaN."""
@@ -179,7 +179,8 @@ class Rank:
             self.device.synchronize("reading memory")
             return raw.copy()
 
-    def _upload(self, address: int, data: Bytes) -> None:
+    def upload(self, address: int, data: Bytes) -> None:
+        """Put bytes at an address."""
         self.device.use()
         with self._pinned(data.nbytes) as raw:
             raw[:] = data

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 from cuda.bindings import driver as real
-from fake_host import FakeHost
+from fake_cuda import Captured
+from fake_host import FakeHost, Machine
 
 from gptoss_compile import gumbel
 from gptoss_compile.artifact import Artifact
@@ -34,7 +41,8 @@ from gptoss_compile.runtime.rank_cuda import RESERVE
 from gptoss_compile.runtime.sampling_params import SamplingParams
 from gptoss_compile.target import Target
 
-FEW, MANY, PROMPT = Bucket.decode(3), Bucket.extend(24, 3, 3), Bucket.extend(96, 2, 2)  # slots, one-shot and two-shot sums
+BENCH = Path(__file__).parents[2] / "bench"
+FEW, MANY, PROMPT = Bucket.decode(3), Bucket.extend(24, 8), Bucket.extend(96, 2, 2)  # slots, one-shot and two-shot sums
 CONFIG = ModelConfig(  # heads and experts' features are shared 2 : 1
     num_layers=2, hidden=192, intermediate=576, num_heads=12, num_kv_heads=3, head_dim=16, num_experts=32,
     experts_per_token=2, vocab_size=1040, sliding_window=16, windowed=(True, False), max_position=128,
@@ -64,7 +72,7 @@ def learn(host: FakeHost, artifact: Artifact) -> None:
 
 @pytest.fixture
 def executor(artifact: Artifact, host: FakeHost) -> Iterator[CudaExecutor]:
-    loaded = CudaExecutor.load(artifact, num_pages=60, max_num_seqs=8)
+    loaded = CudaExecutor.load(artifact, num_pages=80, max_num_seqs=30)
     yield loaded
     loaded.close()
 
@@ -160,7 +168,7 @@ def test_ranks_share_inputs_and_pages(executor: CudaExecutor, host: FakeHost) ->
     assert executor.device_name == "2 x Fake GPU"
     assert len({id(executor.inputs(FEW)["tokens"]) for _ in executor.ranks}) == 1
     pages = [rank.true_shape(rank.plans[FEW].caches[1]).shape for rank in executor.ranks]
-    assert [shape[0] for shape in pages] == [executor.num_pages] * 2 == [61, 61]
+    assert [shape[0] for shape in pages] == [executor.num_pages] * 2 == [81, 81]
     assert [shape[2] for shape in pages] == [2, 1], "key/value heads"
 
 
@@ -298,7 +306,7 @@ def test_who_is_to_blame(reports: list[int], culprit: int) -> None:
 
 
 def test_the_engine_ends_with_a_rank(artifact: Artifact, host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = CudaExecutor.load(artifact, num_pages=60, max_num_seqs=8)
+    executor = CudaExecutor.load(artifact, num_pages=80, max_num_seqs=30)
     start = executor._start
     monkeypatch.setattr(executor, "_start", lambda *step: (follow(host, executor, step[0]), start(*step)))
     engine = Engine(executor, max_num_seqs=3, max_num_batched_tokens=24)
@@ -366,3 +374,69 @@ def told(call: Any, event: threading.Event) -> Any:
         return call(*arguments)
 
     return wrapped
+
+
+# ---- benches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("read")
+    subprocess.run([sys.executable, BENCH / "read_kernel.py", folder], check=True)
+    return folder
+
+
+class IdleMachine(Machine):
+    """Its kernels do nothing, but for the generator's."""
+
+    def task(self, captured: Captured) -> Callable[[], bool]:
+        return super().task(captured) if captured.function.startswith("random_weights") else lambda: True
+
+    def _cuModuleLoadData(self, code: bytes) -> str:
+        return self.codes.get(code, "read_kernel")
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("decode", ["--tp=2", "--batches=3,8", "--contexts=100"]), ("prefill", ["--tp=2", "--lengths=20,60", "--rest=0"]),
+    ("steps", ["--tp=2", "--batches=1", "--context=20", "--steps=10"]),
+    ("kernels", ["--context=100"]), ("collectives", ["--tp=2", "--context=100", "--rows=1,96"])])
+def test_benches_of_two_ranks(name: str, options: list[str], artifact: Artifact, host: FakeHost, read: Path,
+                              monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for machine in host.machines:
+        machine.__class__ = IdleMachine
+    module = bench(name, monkeypatch)
+    monkeypatch.setattr(module, "SUSTAINED", 0.01, raising=False)
+    monkeypatch.setattr(module, "matmul", lambda: None, raising=False)
+    monkeypatch.setattr(module, "nccl", lambda *_: {1: 17.2, 96: 20.5}, raising=False)
+    options += [f"--read={read}"] if name == "decode" else []
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", str(artifact.path), *options])
+    assert module.main() == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = result.get("artifacts", [result])[0]
+    assert result["gpu"] == "2 x Fake GPU"
+    if name == "decode":
+        (row,) = result["rows"]
+        assert result["ranks"] == 2 and row["bytes"] == max(row["gpu_bytes"]) == row["gpu_bytes"][0] > row["gpu_bytes"][1]
+    if name == "collectives":
+        assert [(b["rows"], b["sums"], b["us_alone"] is None) for b in result["buckets"]] == [
+            (3, 4, True), (24, 4, False), (96, 4, False)]
+    assert not any(machine.blocks for machine in host.machines), "everything was given back"
+
+
+def test_startup_of_two_ranks(artifact: Artifact, host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine in host.machines:
+        machine.__class__ = IdleMachine
+    module = bench("startup", monkeypatch)
+    result = module.measure(artifact.path, 2, 8, time.time())
+    assert result["ranks"] == 2 and result["checked_weights"] > 10
+    with pytest.raises(ValueError, match="--tp 4: it was compiled for 2"):
+        module.measure(artifact.path, 4, 8, time.time())
+
+
+def bench(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
