@@ -55,7 +55,7 @@ class Exchange:
         while not self._passed(rank, event, doing):
             self.check(doing)
             self._keep(deadline, [rank], doing)
-        self.check(doing)
+        self._check_reports(doing)
 
     def settle(self, doing: str) -> None:
         """Wait until all ranks have done all that they were given. Raises CudaError as `wait_for` does."""
@@ -72,9 +72,12 @@ class Exchange:
                     busy.append(rank)
             except CudaError as error:
                 raise self._failure(rank, str(error)) from None
+        self._check_reports(doing)
+        return busy
+
+    def _check_reports(self, doing: str) -> None:
         if self.reports.any():
             raise self._failure(self._missed(), f"did not answer within {LIMIT_MS / 1000:.1f} s, {doing}")
-        return busy
 
     def _passed(self, rank: int, event: Any, doing: str) -> bool:
         try:
