@@ -12,6 +12,7 @@ step.
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,9 +77,11 @@ class CudaExecutor:
             for rank in self.ranks:
                 rank.load_kernels(artifact)
         self.graphs: dict[Bucket, RankGraphs] = {}
+        gc.freeze()  # plans, and below launches, are many objects that stay: to look them through would take a step's time
         for bucket in self.buckets:
             with self._phase(f"capture {bucket}"):
                 self.install(bucket, [rank.plans[bucket] for rank in self.ranks], {})
+        gc.freeze()
         self.device.use()
 
     @classmethod
