@@ -112,6 +112,7 @@ def _tune_parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", type=Path, metavar="TABLE",
                         help="what it says of other choices stays (default: the target's table in this package)")
     parser.add_argument("--weights", default="random:0", metavar="random:SEED", help="(default: random:0)")
+    parser.add_argument("--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs to shard over")
     parser.add_argument("--buckets", type=parse_buckets, default=(), metavar="decode:1,8;extend:64x8",
                         help="step shapes to tune, one after the other (default: by target)")
     parser.add_argument("--max-context", "--max-model-len", type=int, metavar="N", help="longest sequence in tokens")
@@ -126,7 +127,7 @@ def _tune(options: argparse.Namespace) -> None:
     from gptoss_compile.tune import tune
 
     target = Target.parse(options.target)
-    request = Request(target, options.weights, options.buckets, options.max_context)
+    request = Request(target, options.weights, options.buckets, options.max_context, ranks=options.tp)
     checkpoint, _, _ = _open_model(options)
     print(json.dumps(tune(checkpoint, request, options.context, options.output or path(target.name), progress_bar)))
 

@@ -130,7 +130,8 @@ def kernel_launches(node: fx.Node, ctx: Context) -> tuple[Launch, ...]:
     """What the chosen kernel of a node launches."""
     kernel: KernelSpec = node.meta["kernel"]
     launches = kernel.instantiate(ctx.target, tensor_operands(node_operands(node)))
-    return of_step(ctx.target, {ctx.bucket.kind: ctx.bucket.tokens, "sequences": ctx.bucket.sequences}, launches)
+    step = {ctx.bucket.kind: ctx.bucket.tokens, "sequences": ctx.bucket.sequences}
+    return of_step(ctx.target, step | ({"ranks": ctx.ranks} if ctx.ranks > 1 else {}), launches)
 
 
 def _cost(node: fx.Node, launches: tuple[Launch, ...]) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from gptoss_compile.compiler import CompileError, Job, Progress, Request, compil
 from gptoss_compile.config import Bucket
 from gptoss_compile.kernels.common import cdiv
 from gptoss_compile.kernels.tuned import Choice, Entry, Name, table
-from gptoss_compile.launch_plan import Step
+from gptoss_compile.launch_plan import Operand, Step
 from gptoss_compile.runtime.check import LIMITS, errors_of
 from gptoss_compile.runtime.cuda_driver import CudaError, Device
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
@@ -97,8 +97,8 @@ class Contest:
         self._executor, self._variants, self._bucket, self._files = executor, variants, variants.bucket, files
         self._inputs = step_inputs(executor, self._bucket, context)
         self.taken, self._first = dict(taken), dict(taken)
-        self._plan, before = variants.plan(taken), executor.graphs[self._bucket]
-        executor.install(self._bucket, [self._plan], self._files)
+        self._plans, before = variants.plans(taken), executor.graphs[self._bucket]
+        executor.install(self._bucket, self._plans, self._files)
         before.close()
         executor.upload(self._bucket, self._inputs)
         self.ms = time_replays(executor, executor.graphs[self._bucket].replay, 2, 1).ms
@@ -109,12 +109,12 @@ class Contest:
         return {name: time_twice(self._executor, self._bucket, steps[name]) / whole - 1 for name in names}
 
     def results(self, number: int) -> tuple[list[Array], Array]:
-        """(what a step of the plan gives, the logits) of a run whose memory was poisoned before."""
+        """(what a step of the plans gives, rank by rank; the logits) of a run whose memory was poisoned before."""
         found: list[Array] = []
 
-        def watch(_: int, at: int, step: Step) -> None:
+        def watch(rank: int, at: int, step: Step) -> None:
             if at == number:
-                found.extend(self._executor.read(self._bucket, o) for o in step.outputs if o.place == "arena")
+                found.extend(self._executor.read(self._bucket, o, rank) for o in new_outputs(step))
 
         return found, self._executor.run_steps(self._bucket, self._inputs, watch)
 
@@ -125,33 +125,33 @@ class Contest:
         """
         executor, bucket, incumbent = self._executor, self._bucket, self._executor.graphs[self._bucket]
         taken = {**self.taken, name: candidate}
-        plan = self._variants.plan(taken)
+        plans = self._variants.plans(taken)
         try:
-            rival = executor.install(bucket, [plan], self._files)
+            rival = executor.install(bucket, plans, self._files)
         except CudaError as error:
             return str(error)
         number = self._variants.steps[name][0]
         found = self.results(number)
-        fault = difference(plan.steps[number], found, wanted)
+        fault = difference([plan.steps[number] for plan in plans], found, wanted)
         if not fault and not np.array_equal(executor.run(bucket, self._inputs), found[1]):
             fault = "gives other logits as a graph than kernel by kernel"
         race = None if fault else self._race(incumbent, rival)
         if race and race.won:
             incumbent.close()
-            self._plan, self.taken = plan, taken
+            self._plans, self.taken = plans, taken
         else:
             rival.close()
-            executor.install(bucket, [self._plan], self._files)
+            executor.install(bucket, self._plans, self._files)
             incumbent.close()
         return race or fault or ""
 
     def against_first(self) -> Race:
         """The step as it was at first against what it is now."""
         now = self._executor.graphs[self._bucket]
-        first = self._executor.install(self._bucket, [self._variants.plan(self._first)], self._files)
+        first = self._executor.install(self._bucket, self._variants.plans(self._first), self._files)
         race = Race.of(*self._time(first, now, 0.05, 9))
         first.close()
-        self._executor.install(self._bucket, [self._plan], self._files)
+        self._executor.install(self._bucket, self._plans, self._files)
         now.close()
         return race
 
@@ -165,16 +165,22 @@ class Contest:
         return time_in_turns(self._executor, [incumbent.replay, rival.replay], replays_for(self.ms, STEPS, seconds), groups)
 
 
-def difference(step: Step, found: tuple[list[Array], Array], wanted: tuple[list[Array], Array]) -> str | None:
-    """What is wrong with results, if anything. Limits are those that the plan interpreter's are compared within.
+def new_outputs(step: Step) -> list[Operand]:
+    """What a step makes, but for what it updates."""
+    return [operand for operand in step.outputs if operand.place in ("arena", "exchange", "slots")]
+
+
+def difference(steps: Sequence[Step], found: tuple[list[Array], Array], wanted: tuple[list[Array], Array]) -> str | None:
+    """What is wrong with results of the ranks' steps, if anything. Limits are those that the plan interpreter's are compared
+    within.
 
     A step's are compared element by element. The logits need only be numbers: behind layers of random weights, where routers
     often all but tie, sums in another order send a token elsewhere.
     """
-    outputs = [operand for operand in step.outputs if operand.place == "arena"]
+    outputs = [operand for step in steps for operand in new_outputs(step)]
     for operand, mine, theirs in zip(outputs, found[0], wanted[0], strict=True):
         if not all(a <= b for a, b in zip(errors_of(mine, theirs, operand.dtype), LIMITS[operand.dtype], strict=True)):
-            return f"gives other results in {step.op}"
+            return f"gives other results in {steps[0].op}"
     return None if np.isfinite(found[1]).all() else "gives logits that are no numbers"
 
 
@@ -262,7 +268,8 @@ def check(job: Job, context: int) -> None:
         raise CompileError(f"--weights {job.request.weights}: tuning takes random:SEED, for which it needs no checkpoint")
     if not STEPS < context <= most:
         raise CompileError(f"--context {context} is not within {STEPS + 1} and the {most} tokens of --max-context")
-    Device.open(target.name, "tuning was asked for").close()
+    for device in Device.open_all(target.name, job.request.ranks, "tuning was asked for"):
+        device.close()
 
 
 def load(artifact: Artifact, buckets: Sequence[Bucket], context: int) -> CudaExecutor:

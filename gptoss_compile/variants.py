@@ -1,10 +1,12 @@
-"""A bucket's plan with other choices than usual, and the machine code of them all: what `tune` measures."""
+"""A bucket's plans, one a rank, with other choices than usual, and the machine code of them all: what `tune` measures."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import fx
 
 from gptoss_compile.artifact import canonical_json
 from gptoss_compile.beside import serving_launches, with_serving
@@ -18,8 +20,11 @@ from gptoss_compile.passes.base import Context
 from gptoss_compile.passes.select_kernels import calls
 from gptoss_compile.pipeline import run_passes
 from gptoss_compile.plan import kernel_launches, make_plan
+from gptoss_compile.sharding import rank_plan
 from gptoss_compile.target import Target
 from gptoss_compile.trace import trace_model
+
+Call = tuple[fx.Node, Context]
 
 
 class Kernels:
@@ -65,27 +70,35 @@ def _cause(error: BuildError) -> str:
 
 
 class Variants:
-    """The plans of one bucket, by what is chosen in them. steps: for each choice the numbers of those that make it."""
+    """The plans of one bucket, by what is chosen in them. steps: for each choice the numbers of those that make it, on one
+    rank or all."""
 
     def __init__(self, job: Job, bucket: Bucket, kernels: Kernels) -> None:
-        self.bucket, self._kernels = bucket, kernels
-        self._ctx = Context(job.config, bucket, job.request.target, job.geometry, job.dtype)
-        module = trace_model(job.config, bucket, job.geometry, job.dtype)
-        run_passes(module, self._ctx)
-        self._graph, self._nodes = module.graph, calls(module.graph)
-        self._around = serving_launches(self._ctx)
+        self.bucket, self._kernels, self._config = bucket, kernels, job.config
+        whole = Context(job.config, bucket, job.request.target, job.geometry, job.dtype, job.request.ranks)
+        self._ranks = whole.of_ranks()
+        self._graphs: dict[Context, fx.Graph] = {}
+        for ctx in dict.fromkeys(self._ranks):
+            module = trace_model(ctx.config, bucket, job.geometry, job.dtype, ctx.ranks, rank=ctx.rank)
+            run_passes(module, ctx)
+            self._graphs[ctx] = module.graph
+        self._around = serving_launches(whole)
         self.choices: dict[Name, Choice] = {}
-        self.steps: dict[Name, list[int]] = {}
-        for number, node in enumerate(self._nodes):
-            with trying({}) as seen:
-                kernel_launches(node, self._ctx)
-            for name, choice in seen.items():
-                self.choices.setdefault(name, choice)
-                self.steps.setdefault(name, []).append(number)
+        made: dict[Name, dict[int, list[Call]]] = {}
+        for ctx, graph in self._graphs.items():
+            for number, node in enumerate(calls(graph)):
+                with trying({}) as seen:
+                    kernel_launches(node, ctx)
+                for name, choice in seen.items():
+                    self.choices.setdefault(name, choice)
+                    made.setdefault(name, {}).setdefault(number, []).append((node, ctx))
+        self.steps = {name: sorted(numbers) for name, numbers in made.items()}
+        self._makers = {name: [call for same in numbers.values() for call in same] for name, numbers in made.items()}
 
     def sources(self) -> set[AnySource]:
         """Those of the step as it is now and of all candidates."""
-        now = {launch.source for node in self._nodes for launch in kernel_launches(node, self._ctx)}
+        now = {launch.source for ctx, graph in self._graphs.items() for node in calls(graph)
+               for launch in kernel_launches(node, ctx)}
         return now.union({launch.source for launch in self._around.values()},
                          *(self._of(name, c) for name, choice in self.choices.items() for c in choice.candidates))
 
@@ -93,12 +106,14 @@ class Variants:
         """Why a candidate is not to be measured."""
         return next(filter(None, map(self._kernels.fault, self._of(name, candidate))), None)
 
-    def plan(self, taken: Mapping[Name, Any]) -> LaunchPlan:
+    def plans(self, taken: Mapping[Name, Any]) -> list[LaunchPlan]:
+        """Each rank's."""
         stem = self._kernels.stem
         with trying(taken):
-            return with_serving(make_plan(self._graph, self._ctx, binary_of=stem), self._around, stem, self._ctx.target)
+            made = {ctx: with_serving(make_plan(graph, ctx, binary_of=stem), self._around, stem, ctx.target)
+                    for ctx, graph in self._graphs.items()}
+        return [rank_plan(made[ctx], self._config, rank, ctx.ranks) for rank, ctx in enumerate(self._ranks)]
 
     def _of(self, name: Name, candidate: Any) -> set[AnySource]:
-        nodes = [self._nodes[number] for number in self.steps[name]]
         with trying({name: candidate}):
-            return {launch.source for node in nodes for launch in kernel_launches(node, self._ctx)}
+            return {launch.source for node, ctx in self._makers[name] for launch in kernel_launches(node, ctx)}

@@ -213,7 +213,19 @@ def test_choices_of_the_published_shapes(bucket: Bucket, wanted: dict[str, int],
     assert all(len(steps) == 1 for steps in attention), "a window layer and a full one choose apart"
 
 
+def test_choices_of_two_ranks(table: Path) -> None:
+    config = replace(parse_config(CONFIG_20B, "mxfp4"), num_layers=2, windowed=(True, False))
+    request = Request(SM90, "random:0", (Bucket.decode(64), Bucket.extend(256, 4, 4)), ranks=2)
+    variants = Variants(Job(config, request), Bucket.decode(64), Kernels(SM90))
+    inner = [key for kernel, key in variants.choices if kernel == "moe_grouped"]
+    assert Counter(kernel for kernel, _ in variants.choices) == {
+        "step": 1, "gemm": 3, "attention_decode": 2, "moe_grouped": len(inner)}
+    assert ("step", "decode=64 sequences=64 ranks=2") in variants.choices
+    assert len({tuple(variants.steps["moe_grouped", key]) for key in inner}) == 1, "ranks' shares differ, steps do not"
+
+
 @pytest.mark.parametrize(("arguments", "machine", "message"), [
+    (["--target", "sm90", "--tp", "2"], {}, "tuning was asked for 2 GPUs, one a rank, but 1 is visible"),
     (["--target", "cpu"], {}, "tuning measures on NVIDIA GPUs, and cpu is none"),
     (["--target", "gfx950"], {}, "tuning measures on NVIDIA GPUs, and gfx950 is none"),
     (["--target", "sm90", "--context", "64"], {}, "--context 64 is not within 65 and the 131072 tokens of --max-context"),
