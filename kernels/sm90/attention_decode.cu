@@ -17,6 +17,7 @@ constexpr int D = 64, GROUP = Q / KV, KEYS = 16, HEADS = 8;
 constexpr float FACTOR = (float)SCALE * LOG2E;              // from q·k to the exponent of two
 constexpr int STRIDE = CTAS * WARPS;                    // warps of a cluster, so blocks of keys between two of one warp
 constexpr int ROUNDS = (REACH + KEYS - 2) / KEYS / STRIDE + 1;  // blocks of keys that a warp may have
+constexpr int AHEAD = 3;  // blocks behind those in registers that a warp has asked the L2 for: registers hold too few
 constexpr int FINISHERS = CTAS < HEADS ? CTAS : HEADS;  // blocks of a cluster that put heads together: the first ones
 constexpr int MERGED = HEADS / FINISHERS;               // heads of each
 constexpr long long VALUES = (long long)KV * PAGE * D;  // from a key to its value, in elements
@@ -124,11 +125,18 @@ struct Walk {
 
     DEVICE int start(int i) const { return (first + i * STRIDE) * KEYS; }
     DEVICE int fetch(int i) const { return i < count ? (int)load_4(table + (u32)start(i) / PAGE % P) : 0; }
+    DEVICE long long place_in(long long page, int i, int kv_head) const {
+        return ((page * 2 * KV + kv_head) * PAGE + start(i) % PAGE) * D;
+    }
     // Where the kv head's keys of block i start in the cache, in elements. To be called for every i in turn.
     DEVICE long long place(int i, int kv_head, int lane) {
         if (ROUNDS > 32 && i > 0 && i % 32 == 0) pages = ahead, ahead = fetch(i + 32 + lane);
-        const long long page = __shfl_sync(~0u, pages, i % 32);
-        return ((page * 2 * KV + kv_head) * PAGE + start(i) % PAGE) * D;
+        return place_in(__shfl_sync(~0u, pages, i % 32), i, kv_head);
+    }
+    // Asks the L2 for block i, which is less than 32 behind the last that was placed. Lanes 0 and 1: its keys, its values.
+    DEVICE void prefetch(int i, bool next_pages, const u16* cache, int kv_head, int lane) const {
+        const int page = __shfl_sync(~0u, next_pages ? ahead : pages, i % 32);
+        if (i < count && lane < 2) prefetch_bulk(cache + place_in(page, i, kv_head) + lane * VALUES, KEYS * D * 2);
     }
 };
 
@@ -175,6 +183,9 @@ attention_decode(const u16* qkv, const float* cos_sin, u16* cache, const int* ta
             load_keys(block[i], row);
             load_values(block[i], row);
         }
+    if (ROUNDS > DEPTH)
+#pragma unroll
+        for (int i = DEPTH; i < DEPTH + AHEAD; i++) walk.prefetch(i, false, cache, kv_head, lane);
     const float own_sink = threadIdx.x < GROUP ? load_bf16(sinks + kv_head * GROUP + threadIdx.x) * LOG2E : 0.f;
     const long long own_page = blocks > 0 ? load_4(walk.table + (u32)position / PAGE % P) : 0;
     const u32 barrier = shared_address(&arrived);
@@ -230,6 +241,8 @@ attention_decode(const u16* qkv, const float* cos_sin, u16* cache, const int* ta
             score(s, fragments, block[slot]);
             const u16* row = lane_row;
             if (refill) load_keys(block[slot], row += walk.place(i + DEPTH, kv_head, lane));
+            if (ROUNDS > DEPTH + AHEAD && refill)
+                walk.prefetch(i + DEPTH + AHEAD, (i + DEPTH) % 32 + AHEAD >= 32, cache, kv_head, lane);
             if (edge) {
 #pragma unroll
                 for (int k = 0; k < 4; k++) {

@@ -230,6 +230,10 @@ DEVICE void copy_bulk(u32 shared, const void* global, int bytes, u32 barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
 }
+// Brings bytes (a multiple of 16) to the L2.
+DEVICE void prefetch_bulk(const void* global, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 // What this thread stored in shared memory becomes visible to wgmma and bulk copies; a barrier must follow.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // The same for what is in global memory, on both sides of an announcement.
