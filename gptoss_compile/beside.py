@@ -54,7 +54,8 @@ def with_serving(plan: LaunchPlan, launches: Mapping[str, Launch], binary_of: Ca
         return Step(name, name, operands, (out,), (planned,), (), launch.moved, launch.flops)
 
     first, *others = plan.steps
-    first = replace(first, launches=(replace(first.launches[0], pdl=False), *first.launches[1:]))
+    if isinstance(first.launches[0], KernelLaunch):
+        first = replace(first, launches=(replace(first.launches[0], pdl=False), *first.launches[1:]))
     return replace(
         plan, steps=(first, *others), arena_bytes=arena, workspace_bytes=max(plan.workspace_bytes, workspace),
         feed=step("feed", {"tokens": tokens, "source": source, "sampled": sampled}, tokens, (), False),

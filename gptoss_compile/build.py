@@ -1,7 +1,8 @@
 """Kernels to machine code, for a GPU that need not be there, behind a cache keyed by content.
 
 A binary is a function of the kernel's source (with that of every helper it calls), its constants, signature and options,
-the target, and the compiler's version (Triton's, or NVRTC's for CUDA C++); these and nothing else make its key. So the same
+the target, and the compiler's version (Triton's, NVRTC's for CUDA C++, nvcc's and the other project's for a library); these
+and nothing else make its key. So the same
 key names the same bytes on every machine, and a warm build is a file read per kernel that leaves the compilers unimported.
 """
 
@@ -25,12 +26,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from gptoss_compile import nvrtc
-from gptoss_compile.kernels.spec import CudaSource, Source
+from gptoss_compile import library, nvrtc
+from gptoss_compile.kernels.spec import AnySource, CudaSource, LibrarySource, Source
 from gptoss_compile.paths import cache_dir as cache_root
 from gptoss_compile.target import Target
 
-AnySource = Source | CudaSource
 FORMAT = 3  # of a cache entry
 ALIGNMENT = 16  # bytes; every pointer a kernel gets is at least so aligned
 
@@ -43,7 +43,8 @@ class BuildError(RuntimeError):
 class Binary:
     """One kernel's machine code and what its launch must know.
 
-    code: a cubin or an hsaco; assembly: AMD's listing (empty for NVIDIA, whose listing cuobjdump makes from the code).
+    code: a cubin or an hsaco, or a shared library, whose `symbol` is its function and which has no threads; assembly: AMD's
+    listing (empty for NVIDIA, whose listing cuobjdump makes from the code).
     threads: of a block. shared: dynamic shared memory in bytes. registers: of a thread (gfx: vector registers); spilled: a
     thread's bytes in local memory, which ought to be none. A launch's parameters are its pointers; Triton's kernels have two
     scratch pointers more (null where the scratch size is 0), whose buffers have `…_size` bytes for each block of the grid.
@@ -75,6 +76,8 @@ class Binary:
 
     @property
     def suffix(self) -> str:
+        if not self.threads:
+            return "so"
         return "hsaco" if self.target.startswith("gfx") else "cubin"
 
     def metadata(self) -> dict[str, Any]:
@@ -87,6 +90,9 @@ def key_of(source: AnySource, target: Target) -> str:
     content: dict[str, Any] = {"format": FORMAT, "target": target.name}
     if isinstance(source, CudaSource):
         content |= {**asdict(source), "texts": nvrtc.texts(source, target), "compiler": nvrtc.compiler()}
+    elif isinstance(source, LibrarySource):
+        content |= {**asdict(source), "text": library.text(source, target), "flags": library.FLAGS,
+                    "versions": library.versions()}
     else:
         content |= {"kernel": source.function.cache_key, "signature": source.signature,
                     "constexprs": [(k, repr(v)) for k, v in source.constexprs], "warps": source.num_warps,
@@ -138,26 +144,40 @@ def build_all(sources: Iterable[AnySource], target: Target, cache_dir: Path | No
     return built
 
 
-_Portable = CudaSource | tuple[str, str, dict[str, Any]]
+_Portable = CudaSource | LibrarySource | tuple[str, str, dict[str, Any]]
 
 
 def _portable(source: AnySource) -> _Portable:
     """What another process can be given: a Triton source as (module, function, the rest)."""
-    if isinstance(source, CudaSource):
+    if not isinstance(source, Source):
         return source
     rest = {f.name: getattr(source, f.name) for f in fields(source) if f.name != "function"}
     return source.function.fn.__module__, source.function.fn.__name__, rest
 
 
 def _build_portable(portable: _Portable, target: str, directory: Path) -> Binary:
-    if isinstance(portable, CudaSource):
+    if not isinstance(portable, tuple):
         return build(portable, Target.parse(target), directory)
     module, function, rest = portable
     return build(Source(getattr(import_module(module), function), **rest), Target.parse(target), directory)
 
 
 def _compile(source: AnySource, target: Target, key: str) -> Binary:
+    if isinstance(source, LibrarySource):
+        return _compile_library(source, target, key)
     return _compile_cuda(source, target, key) if isinstance(source, CudaSource) else _compile_triton(source, target, key)
+
+
+def _compile_library(source: LibrarySource, target: Target, key: str) -> Binary:
+    try:
+        code = library.compile_library(source, target)
+    except library.LibraryError as error:
+        raise BuildError(f"library {source.file} does not compile for {target.name}: {error}") from error
+    return Binary(
+        key=key, symbol=source.function, target=target.name, num_warps=0, num_ctas=1, threads=0, shared=0, tensor_memory=0,
+        global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1, launch_pdl=False,
+        registers=0, spilled=0, compiler=", ".join(f"{name} {v}" for name, v in library.versions().items()), code=code,
+        assembly=b"")
 
 
 def _compile_cuda(source: CudaSource, target: Target, key: str) -> Binary:

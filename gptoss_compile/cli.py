@@ -64,6 +64,9 @@ def _compile_parser() -> argparse.ArgumentParser:
                         help="step shapes: decode batch sizes, and extend TOKENSxSEQUENCES (default: by target)")
     parser.add_argument("--max-context", "--max-model-len", type=int, metavar="N", help="longest sequence in tokens")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of activations (default: fp32 on cpu, else bf16)")
+    parser.add_argument("--extern", choices=("never", "measured", "always"), default="never",
+                        help="take other projects' kernels (FlashInfer's attention for prompts, on sm90) where they were "
+                             "measured faster than ours, or wherever they can; the artifact then needs apache-tvm-ffi")
     parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write every stage as runnable Python, with diffs")
     parser.add_argument("--verify", action="store_true", help="check every pass on a two-layer random model")
     parser.add_argument("--skip", action="append", default=[], metavar="PASS", help="leave a pass out")
@@ -76,7 +79,7 @@ def _compile(options: argparse.Namespace) -> None:
 
     target = Target.parse(options.target)
     request = Request(target, options.weights, options.buckets, options.max_context, options.dtype, options.tp,
-                      _pass_options(options.skip, options.limit), options.dump_ir, options.verify)
+                      _pass_options(options.skip, options.limit), options.dump_ir, options.verify, options.extern)
     checkpoint, folder, name = _open_model(options)
     output = options.output or Path(f"{name}-{target.name}")
     artifact = compile_checkpoint(checkpoint, folder, request, output, progress_bar)

@@ -17,16 +17,16 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from gptoss_compile import __version__
+from gptoss_compile import __version__, library
 from gptoss_compile.artifact import Artifact, ArtifactWriter, canonical_json, plan_file, rank_suffix
 from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.exchange_area import check_equal
 from gptoss_compile.ir import Dumper, print_graph
-from gptoss_compile.kernels.spec import Launch
+from gptoss_compile.kernels.spec import Launch, LibrarySource
 from gptoss_compile.launch_plan import LARGEST_SCALE, LaunchPlan, Weight
 from gptoss_compile.pack import add_weights, check_mode
-from gptoss_compile.passes.base import Context
+from gptoss_compile.passes.base import Context, Extern
 from gptoss_compile.passes.select_kernels import calls
 from gptoss_compile.paths import atomic_directory, cache_dir
 from gptoss_compile.pipeline import Options, Record, run_passes
@@ -65,7 +65,7 @@ def silent(label: str) -> AbstractContextManager[Callable[[int, int], None]]:
 @dataclass(frozen=True)
 class Request:
     """What to compile. weights: `pack`, `link` or `random:SEED`; dtype: None = the target's own (cpu fp32, else bf16);
-    max_context: None = the model's, on cpu at most 4,096."""
+    max_context: None = the model's, on cpu at most 4,096; extern: see `passes.base.Context`."""
 
     target: Target
     weights: str = "pack"
@@ -76,6 +76,7 @@ class Request:
     options: Options = field(default_factory=Options)
     dump_ir: Path | None = None
     verify: bool = False
+    extern: Extern = "never"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def compile_checkpoint(checkpoint: Checkpoint, folder: Path | None, request: Req
             target=request.target.name, config=config, buckets=job.buckets, page_size=PAGE_SIZE,
             max_context=job.geometry.max_context, window_ring=job.geometry.window_ring,
             passes=[{"bucket": each.plans[0].bucket, **_log(r)} for each in compiled for r in each.records],
-            tools=tool_versions(request.target), tokenizer_note=note)
+            tools=tool_versions(request.target, request.extern), tokenizer_note=note)
         with progress("weights") as report:
             add_weights(request.weights, checkpoint, [_recipes(checkpoint, compiled, rank) for rank in range(request.ranks)],
                         writer, report)
@@ -152,7 +153,8 @@ class Job:
         key = self._key(bucket)
         if self.request.dump_ir is None and (cached := _load(key)):
             return cached
-        whole = Context(self.config, bucket, self.request.target, self.geometry, self.dtype, self.request.ranks)
+        whole = Context(self.config, bucket, self.request.target, self.geometry, self.dtype, self.request.ranks,
+                        extern=self.request.extern)
         ranks, graphs, records = whole.of_ranks(), {}, {}
         dumper = Dumper(self.request.dump_ir / bucket.name, ranks[0]) if self.request.dump_ir else None
         for ctx in dict.fromkeys(ranks):
@@ -174,7 +176,8 @@ class Job:
         """Everything a compiled bucket depends on: its shape, the target, this package's source and its tools."""
         options = {"skip": sorted(self.request.options.skip), "limit": dict(self.request.options.limit)}
         parts = [self.config.to_json(), asdict(bucket), asdict(self.geometry), self.request.target.name, str(self.dtype),
-                 self.request.ranks, options, tool_versions(self.request.target), source_digest()]
+                 self.request.ranks, self.request.extern, options,
+                 tool_versions(self.request.target, self.request.extern), source_digest()]
         return hashlib.sha256(canonical_json(parts)).hexdigest()
 
 
@@ -216,6 +219,8 @@ def _generate_gpu(graph: fx.Graph, ctx: Context) -> tuple[LaunchPlan, list[tuple
 
     launches = [launch for node in calls(graph) for launch in kernel_launches(node, ctx)]
     around = serving_launches(ctx)
+    if any(isinstance(launch.source, LibrarySource) for launch in launches):
+        _check_library_tools()
     binaries = build_all([launch.source for launch in (*launches, *around.values())], ctx.target)
 
     def stem(launch: Launch) -> str:
@@ -225,6 +230,13 @@ def _generate_gpu(graph: fx.Graph, ctx: Context) -> tuple[LaunchPlan, list[tuple
     files = [file for b in binaries.values() for file in (
         (f"{b.stem}.{b.suffix}", b.code), (f"{b.stem}.json", canonical_json(b.metadata())))]
     return plan, files
+
+
+def _check_library_tools() -> None:
+    """Raises CompileError if a library of other projects' kernels cannot be made here."""
+    if missing := library.missing():
+        raise CompileError("--extern asks for a library of FlashInfer's kernels, and what makes it is not installed: "
+                           f"{', '.join(missing)}; pip install 'gptoss-compile[extern-build]', or compile without --extern")
 
 
 def _files_beside(request: Request, compiled: Sequence[Compiled]) -> list[tuple[str, bytes]]:
@@ -239,12 +251,14 @@ def _files_beside(request: Request, compiled: Sequence[Compiled]) -> list[tuple[
     return files + (random_weights_files(request.target) if request.weights.startswith("random:") else [])
 
 
-def tool_versions(target: Target) -> dict[str, str]:
+def tool_versions(target: Target, extern: Extern = "never") -> dict[str, str]:
     """Versions that the machine code depends on."""
     names = ["torch", "triton", "nvidia-cuda-nvrtc"] if target.is_gpu else ["torch"]
     versions = {name: importlib.metadata.version(name) for name in names}
     if not target.is_gpu:  # native code: of this processor and its compiler
         versions["machine"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    elif extern != "never":
+        versions |= library.versions()
     return {"gptoss-compile": __version__, **versions}
 
 

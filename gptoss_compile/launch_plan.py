@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 ITEM_BYTES = {"bf16": 2, "fp32": 4, "i32": 4, "u8": 1}
 LAYOUTS = "plans/layouts.json"  # in artifacts whose kernels want weights laid out: the launch for each kind of layout
@@ -123,6 +123,27 @@ class KernelLaunch:
 
 
 @dataclass(frozen=True)
+class Extern:
+    """One call of a function in a library of other projects' kernels. args: as a kernel's; tensors are passed row-major, as
+    DLPack views of their places, and numbers as they are.
+
+    binary: stem of a shared library in the artifact's kernels/. The call puts kernels into the stream, with no programmatic
+    edge to or from them.
+    """
+
+    binary: str
+    function: str
+    args: tuple[str, ...]
+    scratch: tuple[Operand, ...] = ()
+    common: dict[str, Operand] = field(default_factory=dict)
+    pdl: ClassVar[bool] = False
+    carveout: ClassVar[int] = -1
+
+
+AnyLaunch = KernelLaunch | Extern
+
+
+@dataclass(frozen=True)
 class Step:
     """One operator. frees: arena ranges [offset, end) that are dead behind it, exchange_frees: those of the exchange area;
     moved and flops: its least traffic in bytes and its operations, for time floors."""
@@ -131,7 +152,7 @@ class Step:
     kernel: str
     operands: dict[str, Value]
     outputs: tuple[Operand, ...]
-    launches: tuple[KernelLaunch, ...]
+    launches: tuple[AnyLaunch, ...]
     frees: tuple[tuple[int, int], ...]
     moved: int
     flops: int
@@ -191,10 +212,12 @@ def _operand(data: dict[str, Any]) -> Operand:
     return Operand(data["place"], data["key"], data["dtype"], tuple(data["shape"]))
 
 
-def _launch(data: dict[str, Any]) -> KernelLaunch:
+def _launch(data: dict[str, Any]) -> AnyLaunch:
     common = {name: _operand(operand) for name, operand in data["common"].items()}
-    return KernelLaunch(data["binary"], tuple(data["grid"]), tuple(data["args"]), tuple(map(_operand, data["scratch"])),
-                        data["pdl"], common, data["carveout"])
+    args, scratch = tuple(data["args"]), tuple(map(_operand, data["scratch"]))
+    if "function" in data:
+        return Extern(data["binary"], data["function"], args, scratch, common)
+    return KernelLaunch(data["binary"], tuple(data["grid"]), args, scratch, data["pdl"], common, data["carveout"])
 
 
 def _step(data: dict[str, Any]) -> Step:

@@ -12,10 +12,10 @@ from gptoss_compile.dialect import OPS, op_name
 from gptoss_compile.exchange_area import RESERVED, ExchangeArea, lay_out
 from gptoss_compile.kernels.layouts import layout_sources
 from gptoss_compile.kernels.registry import SPECS
-from gptoss_compile.kernels.spec import KernelSpec, Launch, TensorSpec
+from gptoss_compile.kernels.spec import KernelSpec, Launch, LibrarySource, TensorSpec
 from gptoss_compile.kernels.spec import Operand as KernelOperand
 from gptoss_compile.kernels.tuned import of_step
-from gptoss_compile.launch_plan import KernelLaunch, LaunchPlan, Layout, Operand, Step, Value
+from gptoss_compile.launch_plan import AnyLaunch, Extern, KernelLaunch, LaunchPlan, Layout, Operand, Step, Value
 from gptoss_compile.memory import Lifetime, align, assign
 from gptoss_compile.passes.base import Context
 from gptoss_compile.target import Target
@@ -82,7 +82,7 @@ def make_plan(graph: fx.Graph, ctx: Context, *, binary_of: BinaryOf | None = Non
         operands = {name: _place(value, places) for name, value in node_operands(node).items()}
         for index, name in OPS[op_name(node)].updates.items():
             places[node, index] = cast(Operand, operands[name])
-        planned = []
+        planned: list[AnyLaunch] = []
         for number, launch in enumerate(launches[node]):
             assert binary_of is not None
             own, at = [], 0
@@ -93,11 +93,16 @@ def make_plan(graph: fx.Graph, ctx: Context, *, binary_of: BinaryOf | None = Non
                 else:
                     own.append(Operand("arena", scratch_offsets[node, number, j], spec.dtype, spec.shape))
             workspace = max(workspace, at)
-            pdl = bool(node.meta.get("pdl")) if number == 0 else ctx.target.has("pdl")
+            pdl = bool(node.meta.get("pdl"))
+            if number > 0:
+                pdl = ctx.target.has("pdl") and not isinstance(planned[-1], Extern)
             shared = {name: Operand("arena", scratch_offsets[node, name], spec.dtype, spec.shape)
                       for name, spec in launch.common if name not in RESERVED} | area.named(node, launch.args)
-            planned.append(KernelLaunch(binary_of(launch), launch.grid, launch.args, tuple(own), pdl, shared,
-                                        launch.carveout))
+            if isinstance(launch.source, LibrarySource):
+                planned.append(Extern(binary_of(launch), launch.source.function, launch.args, tuple(own), shared))
+            else:
+                planned.append(KernelLaunch(binary_of(launch), launch.grid, launch.args, tuple(own), pdl, shared,
+                                            launch.carveout))
         kernel = node.meta["kernel"].name if "kernel" in node.meta else op_name(node)
         outputs = tuple(places[node, k] for k in range(len(_outputs(node))))
         frees = tuple((int(places[key].key), int(places[key].key) + align(life.size))

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from gptoss_compile.artifact import Artifact
-from gptoss_compile.build import AnySource
 from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.compiler import CompileError, Job, Progress, Request, compile_checkpoint, default_buckets, tool_versions
 from gptoss_compile.config import Bucket
 from gptoss_compile.kernels.common import cdiv
+from gptoss_compile.kernels.spec import AnySource
 from gptoss_compile.kernels.tuned import Choice, Entry, Name, table
 from gptoss_compile.launch_plan import Operand, Step
 from gptoss_compile.runtime.check import LIMITS, errors_of

@@ -10,10 +10,10 @@ from torch import fx
 
 from gptoss_compile.artifact import canonical_json
 from gptoss_compile.beside import serving_launches, with_serving
-from gptoss_compile.build import AnySource, Binary, BuildError, build_all, key_of
+from gptoss_compile.build import Binary, BuildError, build_all, key_of
 from gptoss_compile.compiler import Job, Progress
 from gptoss_compile.config import Bucket
-from gptoss_compile.kernels.spec import Launch
+from gptoss_compile.kernels.spec import AnySource, Launch
 from gptoss_compile.kernels.tuned import Choice, Name, trying
 from gptoss_compile.launch_plan import LaunchPlan
 from gptoss_compile.passes.base import Context

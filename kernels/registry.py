@@ -17,9 +17,9 @@ from gptoss_compile.kernels import (
 )
 from gptoss_compile.kernels.sm90 import attention as sm90_attention
 from gptoss_compile.kernels.sm90 import exchange as sm90_exchange
+from gptoss_compile.kernels.sm90 import flashinfer, moe_pair
 from gptoss_compile.kernels.sm90 import linear as sm90_linear
 from gptoss_compile.kernels.sm90 import moe_grouped as sm90_moe_grouped
-from gptoss_compile.kernels.sm90 import moe_pair
 from gptoss_compile.kernels.sm90 import router as sm90_router
 from gptoss_compile.kernels.spec import KernelSpec
 
@@ -29,6 +29,9 @@ SPECS: tuple[KernelSpec, ...] = (
     *embed.SPECS, *rope.SPECS, *norm_linear.SPECS, *attention.SPECS, *router.SPECS, *moe.SPECS, *moe_grouped.SPECS,
     *quantize.SPECS,
 )
+
+# Other projects' kernels, see `passes/select_kernels.py`.
+EXTERN: tuple[KernelSpec, ...] = flashinfer.SPECS
 
 # Kernels beside the graph, which no pass chooses: the executor runs them.
 BESIDE: tuple[KernelSpec, ...] = (*sample.SPECS, *generate.SPECS)

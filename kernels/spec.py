@@ -78,11 +78,27 @@ class CudaSource:
 
 
 @dataclass(frozen=True)
+class LibrarySource:
+    """A function of a shared library that puts another project's kernels into the stream: no machine code that we launch.
+
+    file: in kernels/<target>/, see `gptoss_compile.library`. It takes tensors, row-major, and numbers. It is called while a
+    graph is captured, so what it does on the host must hold for every replay. Its kernels know nothing of programmatic
+    dependent launch: they, and what comes behind them, start when all before has ended.
+    """
+
+    file: str
+    function: str
+
+
+AnySource = Source | CudaSource | LibrarySource
+
+
+@dataclass(frozen=True)
 class Launch:
-    """One launch of a source.
+    """One launch of a source, or one call of a library's function, whose grid says nothing.
 
     args:      for each pointer parameter in order the operand it gets: an argument name of the op's schema, `out0`,
-               `out1`, ..., `scratch0`, ..., or a name in `common`.
+               `out1`, ..., `scratch0`, ..., or a name in `common`. A library's function also gets numbers.
     scratch:   buffers only this launch uses. Those in `zeroed` must hold zeros at the first launch and are left zeroed.
     common:    (name, buffer) for what several launches of one operator's call share: equal names are one buffer.
     moved / flops: bytes that must move through device memory and operations, for the time floor.
@@ -90,7 +106,7 @@ class Launch:
     carveout:  the share of an SM's first-level memory, in percent, that is best shared memory (-1: the driver's choice).
     """
 
-    source: Source | CudaSource
+    source: AnySource
     grid: tuple[int, int, int]
     args: tuple[str, ...]
     scratch: tuple[TensorSpec, ...] = ()
@@ -109,7 +125,8 @@ class KernelSpec:
 
     supports(target, operands) says whether this kernel can run it; instantiate(target, operands) gives the launches in
     order (one, as a rule). Operands are keyed by the schema's argument names. layouts: for the operands that are weights
-    and must not lie in memory row by row, how they do (a name in `kernels.layouts`).
+    and must not lie in memory row by row, how they do (a name in `kernels.layouts`). key: of another project's kernel, the
+    operands that its time depends on, by which the target's table says where it is faster than ours.
     """
 
     name: str
@@ -117,3 +134,4 @@ class KernelSpec:
     supports: Callable[[Target, Mapping[str, Operand]], bool]
     instantiate: Callable[[Target, Mapping[str, Operand]], tuple[Launch, ...]]
     layouts: Mapping[str, str] = field(default_factory=dict)
+    key: Callable[[Mapping[str, Operand]], dict[str, int]] | None = None

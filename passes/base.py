@@ -18,6 +18,7 @@ from gptoss_compile.target import Target
 from gptoss_compile.trace import Geometry, Role, cache_shapes
 
 Exactness = Literal["bitwise", "ulp", "rtol"]
+Extern = Literal["never", "measured", "always"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Context:
     """What a pass may know: the model, the step's shape, the target; never a device.
 
     With several ranks a graph is one rank's, and so is config (see `sharding`). limit: rewrite at most so many matches (for
-    bisecting); None = all.
+    bisecting); None = all. extern: when to take other projects' kernels, `measured` meaning where they were
+    measured faster than ours.
     """
 
     config: ModelConfig
@@ -36,6 +38,7 @@ class Context:
     ranks: int = 1
     limit: int | None = None
     rank: int = 0
+    extern: Extern = "never"
 
     @property
     def head_rows(self) -> int:

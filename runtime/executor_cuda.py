@@ -28,7 +28,7 @@ from gptoss_compile.launch_plan import LaunchPlan, Operand, Step
 from gptoss_compile.runtime.cuda_driver import Bytes, Device
 from gptoss_compile.runtime.exchange_cuda import Exchange
 from gptoss_compile.runtime.executor import Floats, Ints, input_shapes
-from gptoss_compile.runtime.graphs import Launch, RankGraphs
+from gptoss_compile.runtime.graphs import AnyPrepared, RankGraphs
 from gptoss_compile.runtime.inputs_cuda import InputBuffer, Landing
 from gptoss_compile.runtime.rank_cuda import Rank
 from gptoss_compile.runtime.staging import Progress
@@ -174,7 +174,7 @@ class CudaExecutor:
         else:
             self.device.synchronize(doing)
 
-    def prepare(self, bucket: Bucket, steps: Sequence[Step], rank: int = 0) -> list[list[Launch]]:
+    def prepare(self, bucket: Bucket, steps: Sequence[Step], rank: int = 0) -> list[list[AnyPrepared]]:
         """The launches of steps of a rank's plan of a bucket."""
         return self.ranks[rank].prepare(bucket, steps)
 
@@ -188,7 +188,7 @@ class CudaExecutor:
         self.plans[bucket], self.graphs[bucket] = plans[0], graphs
         return graphs
 
-    def capture(self, name: str, steps: Sequence[Iterable[Iterable[Launch]]]) -> RankGraphs:
+    def capture(self, name: str, steps: Sequence[Iterable[Iterable[AnyPrepared]]]) -> RankGraphs:
         """Graphs of launches, given step by step for each rank."""
         return RankGraphs([rank.capture(name, own) for rank, own in zip(self.ranks, steps, strict=True)])
 

@@ -1,7 +1,8 @@
 """A bucket's launches, ready to go: one by one, or captured once as a CUDA graph that replays them.
 
 Kernels that a plan marks `pdl` are launched with programmatic stream serialisation, which capture turns into
-programmatic edges: such a kernel starts before its predecessor ends, and waits for it inside.
+programmatic edges: such a kernel starts before its predecessor ends, and waits for it inside. Libraries of other projects'
+kernels are called in their place.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptoss_compile.launch_plan import KernelLaunch, Operand, Step
+from gptoss_compile.launch_plan import AnyLaunch, Extern, KernelLaunch, Operand, Step, Value
 from gptoss_compile.runtime.cuda_driver import CudaError, Device, Kernel
+from gptoss_compile.runtime.libraries import Call, view
 
 _PROGRAMMATIC = (1, 1)  # (type, from_port) of an edge to a kernel that waits inside
 
@@ -37,25 +39,42 @@ class Launch:
                      f"launching {self.label}")
 
 
-def prepare(device: Device, bucket: str, steps: Sequence[Step], kernels: Mapping[tuple[str, int], Kernel],
-            address_of: Callable[[Operand], int]) -> list[list[Launch]]:
+AnyPrepared = Launch | Call
+Loaded = Kernel | Callable[..., Any]  # a kernel, or a library's function
+PlaceOf = Callable[[Operand], tuple[Operand, int]]  # an operand in its true shape, and its address
+
+
+def prepare(device: Device, bucket: str, steps: Sequence[Step], kernels: Mapping[tuple[str, int], Loaded],
+            place_of: PlaceOf) -> list[list[AnyPrepared]]:
     """The launches of each step. kernels: by binary and carve-out."""
     prepared = []
     for number, step in enumerate(steps):
         label = f"{bucket} step {number} ({step.op}, kernel {{}})"
-        prepared.append([make_launch(device, label.format(launch.binary), launch, kernels[launch.binary, launch.carveout],
-                                     [address_of(_operand(step, launch, name)) for name in launch.args])
-                         for launch in step.launches])
+        prepared.append([_prepare(device, label.format(launch.binary), step, launch, kernels[launch.binary, launch.carveout],
+                                  place_of) for launch in step.launches])
     return prepared
 
 
-def _operand(step: Step, launch: KernelLaunch, name: str) -> Operand:
+def _prepare(device: Device, label: str, step: Step, launch: AnyLaunch, kernel: Loaded,
+             place_of: PlaceOf) -> AnyPrepared:
+    values = [_value(step, launch, name) for name in launch.args]
+    if isinstance(launch, Extern):
+        assert callable(kernel) and None not in values, f"{label}: {launch.args} are {values}"
+        return Call(label, kernel, [view(*place_of(value), device) if isinstance(value, Operand) else value
+                                    for value in values if value is not None])
+    assert isinstance(kernel, Kernel)
+    pointers = []
+    for name, value in zip(launch.args, values, strict=True):
+        assert isinstance(value, Operand), f"{step.op}: argument {name} is {value!r}, not a tensor"
+        pointers.append(place_of(value)[1])
+    return make_launch(device, label, launch, kernel, pointers)
+
+
+def _value(step: Step, launch: AnyLaunch, name: str) -> Value:
     """What a launch calls `name`: an operand of the step, one of its outputs, or scratch, the launch's own or shared."""
     own = {**{f"out{i}": o for i, o in enumerate(step.outputs)}, **{f"scratch{i}": o for i, o in enumerate(launch.scratch)},
            **launch.common}
-    value = own[name] if name in own else step.operands[name]
-    assert isinstance(value, Operand), f"{step.op}: argument {name} is {value!r}, not a tensor"
-    return value
+    return own[name] if name in own else step.operands[name]
 
 
 def make_launch(device: Device, label: str, launch: KernelLaunch, kernel: Kernel, pointers: Sequence[int]) -> Launch:
@@ -79,7 +98,7 @@ def make_launch(device: Device, label: str, launch: KernelLaunch, kernel: Kernel
 class Graph:
     """All launches of a bucket, captured. programmatic: how many of its edges are."""
 
-    def __init__(self, device: Device, bucket: str, launches: Sequence[Launch]) -> None:
+    def __init__(self, device: Device, bucket: str, launches: Sequence[AnyPrepared]) -> None:
         """Raises CudaError if a launch is refused or loses its programmatic attribute (drivers drop it silently)."""
         self._device, self._bucket = device, bucket
         self._launches = launches  # their parameters live as long as what replays them

@@ -12,9 +12,10 @@ import numpy as np
 
 from gptoss_compile.artifact import Artifact, plan_file
 from gptoss_compile.config import Bucket
-from gptoss_compile.launch_plan import LaunchPlan, Operand, Step
-from gptoss_compile.runtime.cuda_driver import Bytes, Device, load_kernel
-from gptoss_compile.runtime.graphs import Graph, Launch, prepare
+from gptoss_compile.launch_plan import Extern, LaunchPlan, Operand, Step
+from gptoss_compile.runtime.cuda_driver import Bytes, CudaError, Device, load_kernel
+from gptoss_compile.runtime.graphs import AnyPrepared, Graph, Loaded, prepare
+from gptoss_compile.runtime.libraries import load_function
 from gptoss_compile.runtime.pools import pool_sizes
 from gptoss_compile.runtime.staging import Progress
 from gptoss_compile.runtime.weights_cuda import DeviceWeights, align
@@ -45,7 +46,7 @@ class Rank:
         self._places = {"sampled": self.sampled}
         self.inputs: dict[Bucket, Mapping[str, int]] = {}
         self.areas: Sequence[int] = ()
-        self.launches: dict[Bucket, list[list[Launch]]] = {}
+        self.launches: dict[Bucket, list[list[AnyPrepared]]] = {}
 
     # Loading ------------------------------------------------------------------------------------------------
 
@@ -76,7 +77,11 @@ class Rank:
 
     def load_kernels(self, artifact: Artifact) -> None:
         wanted = sorted({kernel for plan in self.plans.values() for kernel in _kernels(plan)})
-        self.kernels = {kernel: load_kernel(artifact, self.device, *kernel) for kernel in wanted}
+        self.kernels: dict[tuple[str, int], Loaded] = {
+            kernel: load_kernel(artifact, self.device, *kernel) for kernel in wanted}
+        for name in sorted({name for plan in self.plans.values() for name in _libraries(plan)}):
+            files = {path: artifact.file(f"kernels/{path}").read_bytes() for path in (f"{name}.json", f"{name}.so")}
+            self._load_library(name, files, artifact.target)
 
     def install(self, bucket: Bucket, plan: LaunchPlan, files: Mapping[str, bytes]) -> Graph:
         """Put a plan in a bucket's place; see `CudaExecutor.install`."""
@@ -87,16 +92,20 @@ class Rank:
         for name, carveout in set(_kernels(plan)) - self.kernels.keys():
             meta = json.loads(files[f"{name}.json"])
             self.kernels[name, carveout] = self.device.load_kernel(name, files[f"{name}.cubin"], meta, carveout)
+        for name in _libraries(plan):
+            if (name, -1) not in self.kernels:
+                self._load_library(name, files, plan.target)
         steps, (before, behind) = self.prepare(bucket, plan.steps), self.prepare(bucket, _around(plan))
         graph = self.capture(bucket.name, [before, *steps, behind])
         self.plans[bucket], self.launches[bucket] = plan, steps
         return graph
 
-    def prepare(self, bucket: Bucket, steps: Sequence[Step]) -> list[list[Launch]]:
+    def prepare(self, bucket: Bucket, steps: Sequence[Step]) -> list[list[AnyPrepared]]:
         """The launches of steps of a bucket's plan."""
-        return prepare(self.device, bucket.name, steps, self.kernels, lambda operand: self.address(bucket, operand))
+        return prepare(self.device, bucket.name, steps, self.kernels,
+                       lambda operand: (self.true_shape(operand), self.address(bucket, operand)))
 
-    def capture(self, name: str, steps: Iterable[Iterable[Launch]]) -> Graph:
+    def capture(self, name: str, steps: Iterable[Iterable[AnyPrepared]]) -> Graph:
         self.device.use()
         return Graph(self.device, name, [launch for step in steps for launch in step])
 
@@ -122,6 +131,12 @@ class Rank:
             return operand
         windowed = self.config.windowed[int(str(operand.key).rpartition(".")[2])]
         return replace(operand, shape=(self._pages[windowed], *operand.shape[1:]))
+
+    def _load_library(self, name: str, files: Mapping[str, bytes], target: str) -> None:
+        meta = json.loads(files[f"{name}.json"])
+        if meta["target"] != target:
+            raise CudaError(f"library {name} was compiled for {meta['target']}, the artifact for {target}")
+        self.kernels[name, -1] = load_function(name, files[f"{name}.so"], meta)
 
     def _allocate_arena(self) -> None:
         self._arena = self.device.allocate(self._sizes[0], "intermediate results")
@@ -202,6 +217,12 @@ def _around(plan: LaunchPlan) -> tuple[Step, Step]:
 
 
 def _kernels(plan: LaunchPlan) -> list[tuple[str, int]]:
-    """(binary, carve-out) of all that a plan launches."""
+    """(binary, carve-out) of all kernels that a plan launches."""
     steps = (*plan.steps, *_around(plan))
-    return sorted({(launch.binary, launch.carveout) for step in steps for launch in step.launches})
+    return sorted({(launch.binary, launch.carveout) for step in steps for launch in step.launches
+                   if not isinstance(launch, Extern)})
+
+
+def _libraries(plan: LaunchPlan) -> list[str]:
+    """The libraries whose functions a plan calls."""
+    return sorted({launch.binary for step in plan.steps for launch in step.launches if isinstance(launch, Extern)})

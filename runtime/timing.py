@@ -19,7 +19,7 @@ from gptoss_compile.random_weights import device_parameters
 from gptoss_compile.runtime.executor import Ints
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
 from gptoss_compile.runtime.generate import Generator
-from gptoss_compile.runtime.graphs import Launch
+from gptoss_compile.runtime.graphs import AnyPrepared
 
 Inputs = dict[str, Ints]
 PIECE = 1 << 30  # bytes of a cache that are filled at once
@@ -95,7 +95,7 @@ def time_twice(executor: CudaExecutor, bucket: Bucket, again: Container[int]) ->
     """Milliseconds of the bucket's step, on inputs that are in their places, if those of its plan's steps whose numbers are
     in `again` run twice, before themselves with weights of another layer."""
     layers = executor.config.num_layers
-    prepared: list[list[list[Launch]]] = [[] for _ in executor.ranks]
+    prepared: list[list[list[AnyPrepared]]] = [[] for _ in executor.ranks]
     for rank, launches in zip(executor.ranks, prepared, strict=True):
         for number, step in enumerate(rank.plans[bucket].steps):
             launches += rank.prepare(bucket, [other_weights(step, layers), step] if number in again else [step])
