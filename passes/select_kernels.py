@@ -1,9 +1,9 @@
 """Chooses for every operator of a GPU target's graph the first kernel that supports the target and the shapes.
 
 Where other projects' kernels are wanted (`Context.extern`), one of them that supports both is taken instead, always or if
-the target's table says that it was measured faster. The choice is noted on the node (`meta["kernel"]`). An operator without a
-kernel stays unmatched, which is a compile error that names it. The `cpu` target has no kernels: its graph is decomposed and
-compiled by Inductor.
+the target's table says that it was measured faster. The choice is noted on the node (`meta["kernel"]`). An operator without
+a kernel stays unmatched, which is a compile error that names it. The `cpu` target has no kernels: its graph is decomposed
+and compiled by Inductor.
 """
 
 from __future__ import annotations

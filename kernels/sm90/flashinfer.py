@@ -3,8 +3,8 @@
 FlashInfer's own module schedules on the host, for lengths that the host knows, and copies the schedule to the device; its
 kernel only reads that. Here a kernel of ours writes it, in the same step, so that a captured graph serves any lengths. The
 kernel takes our cache as it is, by strides, and a full layer's page table too, which must not wrap; a window's ring is
-unrolled from the oldest page that is looked at. Values in that page of keys that nobody sees are multiplied by zero: they must
-be numbers, as what a sequence has stored in its own pages is.
+unrolled from the oldest page that is looked at. Values in that page of keys that nobody sees are multiplied by zero: they
+must be numbers, as what a sequence has stored in its own pages is.
 """
 
 from __future__ import annotations
