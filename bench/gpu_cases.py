@@ -1,6 +1,6 @@
 """Cases for gpu_check.py: small models compiled for a GPU, and what they must compute, made on any machine.
 
-    python bench/gpu_cases.py DIR [--target sm90] [--seed N]
+    python bench/gpu_cases.py DIR [--target sm90] [--seed N] [--extern always]
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def main() -> int:
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--target", default="sm90", choices=[t for t in TARGETS if t.startswith("sm")])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--extern", default="never", choices=("never", "always"), help="take other projects' kernels")
     options = parser.parse_args()
     for name, config in CASES.items():
         print(f"{name}:")
         case = options.folder / name
-        request = Request(Target.parse(options.target), buckets=BUCKETS)
+        request = Request(Target.parse(options.target), buckets=BUCKETS, extern=options.extern)
         compile_checkpoint(Checkpoint.random(config, options.seed), None, request, case / "artifact")
         expected.main([str(case / "artifact"), "-o", str(case / "expected"), "--seed", str(options.seed)])
     return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptoss_compile.artifact import Artifact, ArtifactError, plan_file
-from gptoss_compile.launch_plan import LaunchPlan
+from gptoss_compile.launch_plan import Extern, LaunchPlan
 from gptoss_compile.sharding import rank_config, spans
 from gptoss_compile.target import Target
 
@@ -56,7 +56,9 @@ def _share(artifact: Artifact, rank: int) -> dict[str, int]:
 def _bucket(plan: LaunchPlan, target: Target) -> dict[str, Any]:
     kernels: dict[str, dict[str, Any]] = {}
     for step in plan.steps:
-        row = kernels.setdefault(step.kernel, {"op": step.op, "count": 0, "launches": 0, "bytes": 0, "flops": 0})
+        row = kernels.setdefault(step.kernel, {"op": step.op, "count": 0, "launches": 0, "bytes": 0, "flops": 0,
+                                               "libraries": []})
+        row["libraries"] = sorted({*row["libraries"], *(x.binary for x in step.launches if isinstance(x, Extern))})
         row["count"] += 1
         row["launches"] += len(step.launches)
         row["bytes"] += step.moved
@@ -103,7 +105,8 @@ def show(data: dict[str, Any]) -> None:
         table = Table(*names, "steps", "launches", "bytes", "FLOP", f"floor on {target.part}",
                       title=f"{name}: {bucket['steps']} steps, {bucket['launches']} launches")
         for kernel, row in bucket["kernels"].items():
-            table.add_row(kernel, row["op"], str(row["count"]), str(row["launches"]), _size(row["bytes"]),
+            label = f"{kernel} ({', '.join(row['libraries'])})" if row["libraries"] else kernel
+            table.add_row(label, row["op"], str(row["count"]), str(row["launches"]), _size(row["bytes"]),
                           f"{row['flops']:.3g}", f"{row['floor_us']:.1f} µs")
         table.add_row("all", "", str(bucket["steps"]), str(bucket["launches"]), _size(bucket["bytes"]),
                       f"{bucket['flops']:.3g}", f"{bucket['floor_us']:.1f} µs", style="bold")

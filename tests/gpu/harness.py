@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gptoss_compile.build import build_all, key_of
+from gptoss_compile import library
+from gptoss_compile.build import build, build_all, key_of
 from gptoss_compile.dialect import OPS
 from gptoss_compile.kernels.layouts import REFERENCES, layout_sources
-from gptoss_compile.kernels.registry import SPECS
-from gptoss_compile.kernels.spec import KernelSpec, Launch, TensorSpec
+from gptoss_compile.kernels.registry import EXTERN, SPECS
+from gptoss_compile.kernels.spec import AnySource, KernelSpec, Launch, LibrarySource, TensorSpec
+from gptoss_compile.launch_plan import Operand
 from gptoss_compile.runtime.cuda_driver import CudaError, Device
+from gptoss_compile.runtime.libraries import Call, load_function, view
 from gptoss_compile.target import Target
 from gptoss_compile.trace import DTYPE_NAMES, DTYPES
 
@@ -36,8 +42,24 @@ def device() -> Device:
     return _devices[0]
 
 
-def chosen(op: str, operands: Mapping[str, Any]) -> KernelSpec:
-    return next(s for s in SPECS if s.op == op and s.supports(TARGET, operands))
+def chosen(op: str, operands: Mapping[str, Any], want: str | None = None) -> KernelSpec:
+    """The kernel of that name, if it is another project's; else the first that supports the operands."""
+    specs = [s for s in EXTERN if s.name == want] or SPECS
+    return next(s for s in specs if s.op == op and s.supports(TARGET, operands))
+
+
+def library_function(source: LibrarySource) -> Callable[..., Any]:
+    """From the file that $GPTOSS_GPU_LIBRARY names (its .json beside it), or compiled here. Skips the test if neither."""
+    try:
+        if given := os.environ.get("GPTOSS_GPU_LIBRARY"):
+            path = Path(given)
+            return load_function(path.stem, path.read_bytes(), json.loads(path.with_suffix(".json").read_bytes()))
+        if missing := library.missing():
+            pytest.skip(f"no library: GPTOSS_GPU_LIBRARY names none, and to compile it {', '.join(missing)} is missing")
+        binary = build(source, TARGET)
+        return load_function(binary.stem, binary.code, binary.metadata())
+    except CudaError as error:
+        pytest.skip(str(error))
 
 
 def spec_of(value: Argument) -> Any:
@@ -63,10 +85,11 @@ class Prepared:
         self.device = device()
         torch.cuda.synchronize()
         info, operands = OPS[op], {name: spec_of(value) for name, value in arguments.items()}
-        spec = chosen(op, operands)
+        spec = chosen(op, operands, want)
         assert want is None or spec.name == want, f"{op} runs {spec.name}, not {want}"
         launches = spec.instantiate(TARGET, operands)
-        binaries = build_all([launch.source for launch in launches], TARGET, processes=8)
+        sources: list[AnySource] = [x.source for x in launches if not isinstance(x.source, LibrarySource)]
+        binaries = build_all(sources, TARGET, processes=8)
         self.buffers: dict[str, Tensor] = {k: v.cuda().contiguous() for k, v in arguments.items() if isinstance(v, Tensor)}
         for name, layout in spec.layouts.items():
             sources = [self.buffers[source] for source in layout_sources(name, layout)]
@@ -77,15 +100,23 @@ class Prepared:
         self.outputs = tuple(self.buffers[info.updates[i]] if i in info.updates else
                              torch.empty(tuple(s.shape), dtype=s.dtype, device="cuda") for i, s in enumerate(shapes))
         self.poisoned = [o for i, o in enumerate(self.outputs) if i not in info.updates]
-        named = {**self.buffers, **{f"out{i}": o for i, o in enumerate(self.outputs)}}
+        named: dict[str, Any] = {**arguments, **self.buffers, **{f"out{i}": o for i, o in enumerate(self.outputs)}}
         for launch in launches:
             for name, buffer in launch.common:
                 if name not in named:
                     named[name] = _empty(buffer)
                     self.poisoned.append(named[name])
-        self.calls = [self._call(launch, binaries[key_of(launch.source, TARGET)], dict(named)) for launch in launches]
+        self.calls = [self._library_call(launch.source, [named[a] for a in launch.args])
+                      if isinstance(launch.source, LibrarySource) else
+                      self._call(launch, binaries[key_of(launch.source, TARGET)], dict(named)) for launch in launches]
 
-    def _call(self, launch: Launch, binary: Any, named: dict[str, Tensor]) -> tuple[Any, Any, int, Any]:
+    def _library_call(self, source: LibrarySource, arguments: Sequence[Any]) -> Callable[[], None]:
+        views = [view(Operand("arena", 0, DTYPE_NAMES[value.dtype], tuple(value.shape)), value.data_ptr(), self.device)
+                 if isinstance(value, Tensor) else value for value in arguments]
+        call = Call(source.function, library_function(source), views)
+        return lambda: call.enqueue(self.device)
+
+    def _call(self, launch: Launch, binary: Any, named: dict[str, Any]) -> Callable[[], None]:
         for i, buffer in enumerate(launch.scratch):
             named[f"scratch{i}"] = _empty(buffer)
             if i in launch.zeroed:
@@ -93,8 +124,14 @@ class Prepared:
             else:
                 self.poisoned.append(named[f"scratch{i}"])
         kernel = self.device.load_kernel(binary.stem, binary.code, binary.metadata(), launch.carveout)
-        return (*_parameters(self.device, kernel, launch.grid, [named[a].data_ptr() for a in launch.args]),
-                [named[a] for a in launch.args])
+        tensors = [named[a] for a in launch.args]
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        config, function, (parameters, *keep) = _parameters(self.device, kernel, launch.grid, pointers)
+
+        def put(_: Any = (tensors, keep)) -> None:
+            self.device.check(self.device.api.cuLaunchKernelEx(config, function, parameters, 0), "launching")
+
+        return put
 
     def poison(self) -> None:
         """0xFF everywhere: NaN, or a negative number."""
@@ -103,9 +140,8 @@ class Prepared:
         torch.cuda.synchronize()
 
     def launch(self, *, wait: bool = True) -> None:
-        api = self.device.api
-        for config, function, parameters, _ in self.calls:
-            self.device.check(api.cuLaunchKernelEx(config, function, parameters[0], 0), "launching")
+        for put in self.calls:
+            put()
         if wait:
             self.device.synchronize("running")
 

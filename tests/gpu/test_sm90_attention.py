@@ -19,11 +19,11 @@ class Paged:
 
     lengths: tokens of each sequence, the newest included; entries: of a page table's row. What no query at `oldest` or
     later may see is NaN, in the cache that the kernel gets, and zero in the twin's; so are, for a decode step, the slots of
-    the newest tokens.
+    the newest tokens. whole: pages of which something may be seen are numbers throughout.
     """
 
     def __init__(self, lengths: list[int], oldest: list[int], entries: int, window: int, kv_heads: int = 8, page: int = PAGE,
-                 fresh: int = 0) -> None:
+                 fresh: int = 0, whole: bool = False) -> None:
         slots = entries * page
         pages = 1 + len(lengths) * entries
         shuffled = torch.randperm(pages - 1, device="cuda")[: len(lengths) * entries] + 1
@@ -32,6 +32,8 @@ class Paged:
         position = newest - (newest - torch.arange(slots, device="cuda")) % slots  # of each slot, [S, slots]
         first = torch.tensor(oldest, device="cuda")[:, None] - (window - 1) if window else torch.zeros_like(newest)
         live = (position >= 0) & (position >= first) & (position <= newest - fresh)
+        if whole:
+            live = live.unflatten(1, (-1, page)).any(2, keepdim=True).expand(-1, -1, page).flatten(1)
         at = torch.zeros(pages, page, dtype=torch.bool, device="cuda")
         at[self.table.long()] = live.reshape(len(lengths), entries, page)
         values = torch.randn(pages, 2, kv_heads, page, DIM, device="cuda").bfloat16()
@@ -122,14 +124,14 @@ def test_decode_full_ring(seed: int) -> None:
 
 
 def check_extend(chunks: list[tuple[int, int]], window: int, *, padding: int = 0, heads: int = 64, kv_heads: int = 8,
-                 page: int = PAGE, want: str = "sm90_attention_extend") -> None:
+                 page: int = PAGE, want: str = "sm90_attention_extend", whole: bool = False) -> None:
     """chunks: (tokens that are in the cache already, tokens of this step) of each sequence."""
     device()
     positions = [p for before, count in chunks for p in range(before, before + count)]
     sequences = [s for s, (_, count) in enumerate(chunks) for _ in range(count)]
     tokens, lengths = len(positions) + padding, [before + count for before, count in chunks]
     entries = -(-(WINDOW + tokens) // page) + 1 if window else max(lengths) // page + 2
-    paged = Paged(lengths, [before for before, _ in chunks], entries, window, kv_heads, page)
+    paged = Paged(lengths, [before for before, _ in chunks], entries, window, kv_heads, page, whole=whole)
     arguments = {
         "q": torch.randn(tokens, heads, DIM, device="cuda").bfloat16() * 2, "cache": paged.cache, "table": paged.table,
         "sequences": torch.tensor([*sequences, *[sequences[-1]] * padding], dtype=torch.int32, device="cuda"),

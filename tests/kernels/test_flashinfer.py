@@ -115,7 +115,8 @@ def attended(named: Mapping[str, Tensor], pages: Tensor, window: int, scale: flo
     the first `keys` of its sequence's pages.
     """
     q, cache, out = named["q"].float(), named["cache"].float(), named["out0"].float()
-    kv_heads, work = cache.shape[2], []
+    kv_heads = cache.shape[2]
+    work: list[list[int]] = []
     starts, written = named["starts"].tolist(), torch.zeros(q.shape[:2], dtype=torch.int32)
     for block in range(len(starts) - 1):
         work.append([])
@@ -131,7 +132,7 @@ def attended(named: Mapping[str, Tensor], pages: Tensor, window: int, scale: flo
             sink = named["floats"][head].expand(high - low, 1)
             weight = torch.cat((score, sink), 1).softmax(1)[:, :-1]
             values = torch.where(seen.any(0)[:, None], both[1], 0.0)
-            out[first + low: first + high].unflatten(1, (-1, 64))[:, head] = weight @ values
+            out[first + low: first + high, 64 * head: 64 * (head + 1)] = weight @ values
             written[first + low: first + high, head] += 1
             work[-1].append(int(seen.any(0).sum()))
     tokens = (written > 0).any(1)
