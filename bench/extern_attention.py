@@ -3,9 +3,10 @@
     python bench/extern_attention.py OURS THEIRS [--lengths 2048,8192,32768]
 
 OURS and THEIRS are artifacts of the same model and buckets with random weights, THEIRS compiled with --extern always. Of
-each extend bucket the last chunk of a prompt of each length is run, with THEIRS' plan put in OURS' place. `ours` and `theirs`
-are microseconds a layer: of the captured step with its attention twice, less the step. `error` is the norm of the difference
-of what the first layer of that kind gives. A table, the entries of kernels/tables that follow, then one JSON line.
+each extend bucket the last chunk of a prompt of each length is run, with OURS' plan and then with THEIRS' in its place.
+`ours` and `theirs` are microseconds a layer: of the captured step with its attention twice, less the step. `error` is the
+norm of the difference of what the first layer of that kind gives. A table, the entries of kernels/tables that follow, then
+one JSON line.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Graph:
         self._device, self._bucket = device, bucket
         self._launches = launches  # their parameters live as long as what replays them
         api, stream = device.api, device.stream
-        mode = api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        mode = api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED  # the first call of a library loads its kernels
         device.check(api.cuStreamBeginCapture(stream, mode), f"capturing {bucket}")
         try:
             for launch in launches:

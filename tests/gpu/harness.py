@@ -18,7 +18,7 @@ from gptoss_compile.build import build, build_all, key_of
 from gptoss_compile.dialect import OPS
 from gptoss_compile.kernels.layouts import REFERENCES, layout_sources
 from gptoss_compile.kernels.registry import EXTERN, SPECS
-from gptoss_compile.kernels.spec import AnySource, KernelSpec, Launch, LibrarySource, TensorSpec
+from gptoss_compile.kernels.spec import KernelSpec, Launch, LibrarySource, TensorSpec
 from gptoss_compile.launch_plan import Operand
 from gptoss_compile.runtime.cuda_driver import CudaError, Device
 from gptoss_compile.runtime.libraries import Call, load_function, view
@@ -88,8 +88,8 @@ class Prepared:
         spec = chosen(op, operands, want)
         assert want is None or spec.name == want, f"{op} runs {spec.name}, not {want}"
         launches = spec.instantiate(TARGET, operands)
-        sources: list[AnySource] = [x.source for x in launches if not isinstance(x.source, LibrarySource)]
-        binaries = build_all(sources, TARGET, processes=8)
+        ours = [launch.source for launch in launches if not isinstance(launch.source, LibrarySource)]
+        binaries = build_all(ours, TARGET, processes=8)
         self.buffers: dict[str, Tensor] = {k: v.cuda().contiguous() for k, v in arguments.items() if isinstance(v, Tensor)}
         for name, layout in spec.layouts.items():
             sources = [self.buffers[source] for source in layout_sources(name, layout)]
