@@ -1,12 +1,12 @@
-// What FlashInfer's attention wants to be told about a step, which its own module would work out on the host: which blocks of
-// queries of which heads each of its thread blocks takes, and page tables that begin with the first page that is looked at.
+// What FlashInfer's attention wants to be told about a step, which its own module would work out on the host: which queries each
+// of its BLOCKS thread blocks takes, and page tables that begin with the first page that is looked at.
 //
-// An item is QUERIES consecutive tokens of a sequence (or the last ones) and a query head. Items go to thread blocks by the
-// keys that they see, most first, in a snake, so that all have about as much to do. Every thread block here works all of that
-// out, and writes its share of it.
+// An item is a tile, QUERIES consecutive tokens of a sequence or the last ones, and a query head. Items go to thread blocks by
+// the keys that they see, most first, in a snake, so that all have about as much to do. Every thread block here works all of
+// that out, and writes its share of it.
 #include "common.cuh"
 
-// The snake's turn `round` gives an item to every block but in the last turn, which begins where the one before ended.
+// Items are dealt to blocks in turns, every other one backwards.
 struct Snake {
     int items;
     DEVICE int block(int item) const { return item / BLOCKS % 2 ? BLOCKS - 1 - item % BLOCKS : item % BLOCKS; }
@@ -23,10 +23,10 @@ struct Tile {
 
 struct Plan {
     int first[SEQUENCES], end[SEQUENCES];  // tokens of each sequence
-    int skipped[SEQUENCES];        // keys before the first page that is looked at
-    int before[SEQUENCES + 1];     // tiles of the sequences before
+    int skipped[SEQUENCES];                // keys before the first page that is looked at
+    int before[SEQUENCES + 1];             // tiles of the sequences before
     Tile tile[TILES];
-    int order[TILES];      // tiles by how many keys they see
+    int order[TILES];  // tiles by how many keys they see
 
     DEVICE int count(int s) const { return end[s] - first[s]; }
 };
