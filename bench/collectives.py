@@ -27,7 +27,7 @@ from gptoss_compile.config import Bucket
 from gptoss_compile.launch_plan import Operand
 from gptoss_compile.runtime.exchange_cuda import HEADER, HEADER_BYTES
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
-from gptoss_compile.runtime.graphs import Launch, prepare
+from gptoss_compile.runtime.graphs import AnyPrepared, prepare
 from gptoss_compile.runtime.rank_cuda import Rank
 from gptoss_compile.runtime.timing import STEPS, fill_caches, fits, replays_for, step_inputs, time_in_turns, time_replays
 
@@ -156,23 +156,23 @@ def one_row(executor: CudaExecutor, bucket: Bucket, context: int, local: Sequenc
             "us_alone": chain(executor, bucket)}
 
 
-def launches(rank: Rank, bucket: Bucket, header: int | None) -> list[list[Launch]]:
+def launches(rank: Rank, bucket: Bucket, header: int | None) -> list[list[AnyPrepared]]:
     """Those of a step, its sums with another header if one is given."""
 
-    def address(operand: Operand) -> int:
+    def place(operand: Operand) -> tuple[Operand, int]:
         there = operand.place == "exchange" and operand.key == 0
-        return header if there and header is not None else rank.address(bucket, operand)
+        return rank.true_shape(operand), header if there and header is not None else rank.address(bucket, operand)
 
     *steps, last = rank.plans[bucket].steps
     assert last.op == "all_gather"
-    return prepare(rank.device, bucket.name, steps, rank.kernels, address) + rank.prepare(bucket, [last])
+    return prepare(rank.device, bucket.name, steps, rank.kernels, place) + rank.prepare(bucket, [last])
 
 
 def chain(executor: CudaExecutor, bucket: Bucket) -> float | None:
     """Microseconds of a sum that is a launch of its own. Each has flags of its own, which would be up already in the next
     replay if the gathering of the logits, whose time is known, did not count the steps."""
 
-    def some(rank: Rank, wanted: Callable[[str], bool]) -> list[list[Launch]]:
+    def some(rank: Rank, wanted: Callable[[str], bool]) -> list[list[AnyPrepared]]:
         steps = rank.plans[bucket].steps
         return [[launch for launch, planned in zip(ready, step.launches, strict=True) if wanted(planned.binary)]
                 for ready, step in zip(rank.launches[bucket], steps, strict=True)]
