@@ -4,6 +4,7 @@ only.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -12,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all); may be called from any thread
@@ -40,10 +41,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}.partial-"
     _sweep(path.parent, prefix)
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
-    lock = os.open(temporary, os.O_RDONLY)
+    temporary, lock = _locked_directory(path.parent, prefix)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         temporary.chmod(0o755)  # mkdtemp's 0700 is for secrets
         yield temporary
         _sync(temporary)
@@ -53,6 +52,18 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         raise
     finally:
         os.close(lock)
+
+
+def _locked_directory(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new directory and the descriptor that holds its lock. Before it has the lock, another writer may sweep it away."""
+    while True:
+        directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with suppress(FileNotFoundError):
+            lock = os.open(directory, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if directory.exists():
+                return directory, lock
+            os.close(lock)
 
 
 def _sweep(parent: Path, prefix: str) -> None:
@@ -80,20 +91,27 @@ def _sync(directory: Path) -> None:
 
 def _replace(temporary: Path, path: Path, prefix: str) -> None:
     """Rename over `path`. A directory that is not empty cannot be renamed over, so an older one steps aside
-    first.
+    first, as does that of another writer who comes in between.
     """
-    older = None
-    if path.exists():
-        older = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
-        os.rename(path, older)
-    try:
-        os.rename(temporary, path)
-    except OSError:
-        if older:
-            os.rename(older, path)
-        raise
-    if older:
-        shutil.rmtree(older, ignore_errors=True)
+    older: list[Path] = []
+    while True:
+        aside = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+        try:
+            os.rename(path, aside)
+            older.append(aside)
+        except FileNotFoundError:
+            with suppress(FileNotFoundError):
+                os.rmdir(aside)
+        try:
+            os.rename(temporary, path)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if older:
+                    os.rename(older.pop(), path)
+                raise
+    for directory in older:
+        shutil.rmtree(directory, ignore_errors=True)
     descriptor = os.open(path.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from gptoss_compile.artifact import Artifact, ArtifactWriter
 from gptoss_compile.checkpoint import Checkpoint, CheckpointError
 from gptoss_compile.demo import save_huggingface
 from gptoss_compile.pack import add_weights
+from gptoss_compile.paths import atomic_directory
 from gptoss_compile.random_weights import widen_bf16
 
 MERGED = ["layers.0.q.weight", "layers.0.k.weight", "layers.0.v.weight"]
@@ -160,12 +162,13 @@ def test_unknown_mode(tmp_path: Path, seed: int, mode: str, make: SimpleNamespac
 
 
 PACKING = """
-import json, sys, time
+import json, signal, sys, time
 from gptoss_compile.artifact import ArtifactWriter
 from gptoss_compile.checkpoint import Checkpoint, CheckpointError
 from gptoss_compile.demo import save_huggingface
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.pack import add_weights
+from gptoss_compile.paths import atomic_directory
 folder, out, pause = sys.argv[1:]
 checkpoint = Checkpoint.open(folder)
 recipes = [{"name": n, "parts": [n], "dtype": i.dtype, "shape": list(i.shape)}
@@ -176,6 +179,7 @@ def progress(done, total):
 def peak():  # in KiB; ru_maxrss would count what the parent held when it forked
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 before = peak()
 with ArtifactWriter(out) as writer:
     writer.describe(target="cpu", config=checkpoint.config, buckets=[Bucket.decode(1)], page_size=16,
@@ -208,6 +212,18 @@ def test_kill_in_the_middle(tmp_path: Path, seed: int, how: signal.Signals, make
         assert list(out.iterdir()) == []
     write(out / "artifact", checkpoint, [make.recipes(checkpoint)], make)
     assert [item.name for item in out.iterdir()] == ["artifact"]
+
+
+def test_many_writers_of_one_directory(tmp_path: Path) -> None:
+    def write_some(number: int) -> None:
+        for turn in range(30):
+            with atomic_directory(tmp_path / "it") as folder:
+                (folder / "who").write_text(f"{number} {turn}")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_some, range(4)))
+    assert [item.name for item in tmp_path.iterdir()] == ["it"]
+    assert (tmp_path / "it" / "who").read_text().endswith(" 29")
 
 
 def test_two_writers_at_once_leave_each_other_alone(tmp_path: Path, seed: int, make: SimpleNamespace) -> None:

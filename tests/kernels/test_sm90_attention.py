@@ -45,9 +45,9 @@ def shape(launch: Launch) -> tuple[int, int, int]:
     return launch.grid[0], int(dict(launch.source.defines)["CTAS"]), launch.source.threads
 
 
-def test_one_token_fills_half_of_the_processors_and_many_tokens_all() -> None:
+def test_clusters_give_every_processor_one_block_or_two() -> None:
     assert [shape(decode(t, 0)) for t in (1, 2, 3, 8, 16, 256)] == [
-        (64, 8, 512), (128, 8, 256), (96, 4, 256), (128, 2, 256), (128, 1, 256), (2048, 1, 256)]
+        (128, 16, 256), (256, 16, 256), (192, 8, 256), (256, 4, 256), (256, 2, 256), (2048, 1, 256)]
     assert [shape(decode(t, 128)) for t in (1, 16, 256)] == [(8, 1, 288), (128, 1, 288), (2048, 1, 96)]
 
 
