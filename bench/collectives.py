@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ import numpy as np
 from gpu import open_artifact
 
 from gptoss_compile.config import Bucket
-from gptoss_compile.launch_plan import Operand
-from gptoss_compile.runtime.exchange_cuda import HEADER, HEADER_BYTES
+from gptoss_compile.launch_plan import HEADER_BYTES, Operand
+from gptoss_compile.runtime.exchange_cuda import HEADER
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
 from gptoss_compile.runtime.graphs import AnyPrepared, prepare
 from gptoss_compile.runtime.rank_cuda import Rank
@@ -172,9 +172,9 @@ def chain(executor: CudaExecutor, bucket: Bucket) -> float | None:
     """Microseconds of a sum that is a launch of its own. Each has flags of its own, which would be up already in the next
     replay if the gathering of the logits, whose time is known, did not count the steps."""
 
-    def some(rank: Rank, wanted: Callable[[str], bool]) -> list[list[AnyPrepared]]:
+    def some(rank: Rank, names: tuple[str, ...]) -> list[list[AnyPrepared]]:
         steps = rank.plans[bucket].steps
-        return [[launch for launch, planned in zip(ready, step.launches, strict=True) if wanted(planned.binary)]
+        return [[launch for launch, planned in zip(ready, step.launches, strict=True) if planned.binary.startswith(names)]
                 for ready, step in zip(rank.launches[bucket], steps, strict=True)]
 
     planned = [launch for step in executor.plans[bucket].steps for launch in step.launches]
@@ -183,8 +183,7 @@ def chain(executor: CudaExecutor, bucket: Bucket) -> float | None:
         return None
     times = []
     for names in (("exchange_rows", "all_gather"), ("all_gather",)):
-        graph = executor.capture(f"exchanges of {bucket}", [
-            some(rank, lambda binary, names=names: binary.startswith(names)) for rank in executor.ranks])  # type: ignore[misc]
+        graph = executor.capture(f"exchanges of {bucket}", [some(rank, names) for rank in executor.ranks])
         once = time_replays(executor, graph.replay, 2, 1).ms
         times.append(time_replays(executor, graph.replay, replays_for(once, STEPS, 0.06), 5).ms)
         graph.close()

@@ -2,8 +2,8 @@
 
 A binary is a function of the kernel's source (with that of every helper it calls), its constants, signature and options,
 the target, and the compiler's version (Triton's, NVRTC's for CUDA C++, nvcc's and the other project's for a library); these
-and nothing else make its key. So the same
-key names the same bytes on every machine, and a warm build is a file read per kernel that leaves the compilers unimported.
+and nothing else make its key. So the same key names the same bytes on every machine, and a warm build is a file read per
+kernel that leaves the compilers unimported.
 """
 
 from __future__ import annotations

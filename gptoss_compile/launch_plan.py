@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +29,10 @@ class Cut:
     axis: int
     start: int
     stop: int
+
+    def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
+        """Of the part of a tensor that has the shape `whole`."""
+        return (*whole[: self.axis], self.stop - self.start, *whole[self.axis + 1 :])
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def device_parameters(name: str, shape: Sequence[int], dtype: Literal["bf16", "f
     if cut:
         inner = math.prod(shape[cut.axis + 1:])
         width, stride, offset = (cut.stop - cut.start) * inner, shape[cut.axis] * inner, cut.start * inner
-        count = math.prod(shape[:cut.axis]) * width
+        count = math.prod(cut.shape(shape))
         single = any(x % per_word for x in (width, stride, offset))
         if not single:
             width, stride, offset = width // per_word, stride // per_word, offset // per_word

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from gptoss_compile.launch_plan import HEADER_BYTES
 from gptoss_compile.runtime.cuda_driver import CudaError, Device
 
-HEADER_BYTES = 256
 HEADER = np.dtype([  # at the start of an area; the kernels' side is kernels/sm90/exchange.cuh
     ("base", np.uint64, (8,)),  # where this rank finds each rank's area
     ("step", np.uint32),  # the number of the step that runs, which its last exchange increments; never 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -53,12 +54,10 @@ def generate_weights(artifact: Artifact, rank: int, device: Device, places: Mapp
         for part, cut in parts_of(recipe):
             shape = tensors[part].shape
             assert start % WORD == 0, f"{part} does not start at a word of {recipe['name']}"
-            parameters = device_parameters(part, shape, dtype, seed, Cut(**cut) if cut else None)  # type: ignore[arg-type]
+            taken = Cut(**cut) if cut else None
+            parameters = device_parameters(part, shape, dtype, seed, taken)  # type: ignore[arg-type]
             jobs.append((part, parameters, places[recipe["name"]], start))
-            count = int(np.prod(shape))
-            if cut:
-                count = count // shape[cut["axis"]] * (cut["stop"] - cut["start"])
-            start += count * ITEM_BYTES[dtype]
+            start += math.prod(taken.shape(shape) if taken else shape) * ITEM_BYTES[dtype]
         total += start
     if jobs:
         Generator(artifact, device).run(jobs)

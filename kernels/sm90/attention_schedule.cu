@@ -1,9 +1,9 @@
-// What FlashInfer's attention wants to be told about a step, which its own module would work out on the host: which queries each
-// of its BLOCKS thread blocks takes, and page tables that begin with the first page that is looked at.
+// What FlashInfer's attention wants to be told about a step, which its own module would work out on the host: which queries
+// each of its BLOCKS thread blocks takes, and page tables that begin with the first page that is looked at.
 //
-// An item is a tile, QUERIES consecutive tokens of a sequence or the last ones, and a query head. Items go to thread blocks by
-// the keys that they see, most first, in a snake, so that all have about as much to do. Every thread block here works all of
-// that out, and writes its share of it.
+// An item is a tile, QUERIES consecutive tokens of a sequence or the last ones, and a query head. Items go to thread blocks
+// by the keys that they see, most first, in a snake, so that all have about as much to do. Every thread block here works all
+// of that out, and writes its share of it.
 #include "common.cuh"
 
 // Items are dealt to blocks in turns, every other one backwards.
@@ -38,7 +38,8 @@ DEVICE void find_sequences(Plan& plan, const int* sequences, const int* position
         if ((int)load_4(positions + t) < 0) continue;
         const int s = load_4(sequences + t);
         if (t == 0 || (int)load_4(sequences + t - 1) != s) plan.first[s] = t;
-        if (t == TOKENS - 1 || (int)load_4(positions + t + 1) < 0 || (int)load_4(sequences + t + 1) != s) plan.end[s] = t + 1;
+        if (t == TOKENS - 1 || (int)load_4(positions + t + 1) < 0 || (int)load_4(sequences + t + 1) != s)
+            plan.end[s] = t + 1;
     }
     __syncthreads();
     for (int s = threadIdx.x; s <= SEQUENCES; s += THREADS) {
@@ -93,7 +94,8 @@ DEVICE void write_items(int* items, int* starts, const Plan& plan, const int* po
 }
 
 // table, sequences, positions: the step's. floats: the sinks. out: rows of padding become zero, the others are FlashInfer's.
-// pages [SEQUENCES, ENTRIES]: what a window's ring holds, from the first page that is looked at; with all keys the table itself serves.
+// pages [SEQUENCES, ENTRIES]: what a window's ring holds, from the first page that is looked at; with all keys the table
+// itself serves.
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_schedule(const int* table, const int* sequences, const int* positions, const u16* sinks, u16* out, int* items,
                    int* starts, float* floats, int* pages) {

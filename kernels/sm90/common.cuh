@@ -52,13 +52,16 @@ DEVICE u32 load_4(const void* p) {
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
     return r;
 }
-// What other blocks of this kernel announce: what they wrote before add_release is visible behind a load_acquire that sees it.
+// What other blocks of this kernel announce: what they wrote before add_release is visible behind a load_acquire that sees
+// it.
 DEVICE int load_acquire(const int* p) {
     int r;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
     return r;
 }
-DEVICE void add_release(int* p, int v) { asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+DEVICE void add_release(int* p, int v) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
 DEVICE float load_bf16(const u16* p) {
     u16 r;
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(r) : "l"(p) : "memory");
@@ -220,14 +223,6 @@ DEVICE void bulk_copy_once(u32 shared, const void* global, int bytes, u32 barrie
     asm volatile("{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
                  "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
                  "policy;\n}"
-                 ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
-}
-
-// ---- bulk copies ----------------------------------------------------------------------------------
-
-// Copies bytes (a multiple of 16) to shared memory and counts them on a barrier.
-DEVICE void copy_bulk(u32 shared, const void* global, int bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
 }
 // Brings bytes (a multiple of 16) to the L2.

@@ -75,7 +75,7 @@ DEVICE void ask(const Block& block, const char* weight, int step) {
     barrier_expect(barrier, STAGE_BYTES);
 #pragma unroll
     for (int i = 0; i < GROUPS; ++i)
-        copy_bulk(block.stages + stage * STAGE_BYTES + i * TILE_BYTES, weight + (u64)(i * STEPS + step) * TILE_BYTES,
+        bulk_copy(block.stages + stage * STAGE_BYTES + i * TILE_BYTES, weight + (u64)(i * STEPS + step) * TILE_BYTES,
                   TILE_BYTES, barrier);
 }
 

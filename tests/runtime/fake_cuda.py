@@ -210,6 +210,19 @@ class FakeDriver:
             return self._generate(captured)
         if captured.function.startswith(("tiles", "mxfp4")):
             return self._lay_out(captured)
+        if (found := self.arguments(captured)) is None:
+            return
+        step, at = found
+        operands = {name: self._operand(name, value, at) if isinstance(value, Operand) else value
+                    for name, value in step.operands.items()}
+        results = OPS[step.op].reference(**operands)
+        results = results if isinstance(results, tuple) else (results,)
+        for i, (operand, result) in enumerate(zip(step.outputs, results, strict=True)):
+            name = OPS[step.op].updates.get(i, f"out{i}")
+            self._tensor(operand, at[name]).copy_(result)
+
+    def arguments(self, captured: Captured) -> tuple[Step, dict[str, int]] | None:
+        """The step whose last launch this is, and where its tensors are; None for one of the launches before."""
         around = self.around.get(captured.function)
         step, launch = (around, around.launches[0]) if around else next(self.todo)
         assert isinstance(launch, KernelLaunch) and captured.function == launch.binary
@@ -221,15 +234,9 @@ class FakeDriver:
         assert values[-2:] == [0, 0], "the two scratch pointers"
         self.seen |= dict(zip(launch.args, values, strict=False))
         if launch is not step.launches[-1]:
-            return
+            return None
         at, self.seen = self.seen, {}
-        operands = {name: self._operand(name, value, at) if isinstance(value, Operand) else value
-                    for name, value in step.operands.items()}
-        results = OPS[step.op].reference(**operands)
-        results = results if isinstance(results, tuple) else (results,)
-        for i, (operand, result) in enumerate(zip(step.outputs, results, strict=True)):
-            name = OPS[step.op].updates.get(i, f"out{i}")
-            self._tensor(operand, at[name]).copy_(result)
+        return step, at
 
     def _operand(self, name: str, operand: Operand, at: dict[str, int]) -> torch.Tensor:
         if name not in at:  # scales, which lie within their weight

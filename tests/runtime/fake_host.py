@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -134,23 +135,6 @@ class Machine(FakeDriver):
         found = self.arguments(captured)
         return lambda: found is None or self.run_step(*found)
 
-    def arguments(self, captured: Captured) -> tuple[Step, dict[str, int]] | None:
-        """The step whose last launch this is, and where its tensors are; None for one of the launches before."""
-        around = self.around.get(captured.function)
-        step, launch = (around, around.launches[0]) if around else next(self.todo)
-        assert captured.function == launch.binary
-        config = captured.config
-        assert (config.gridDimX, config.gridDimY, config.gridDimZ) == launch.grid and captured.pdl == launch.pdl
-        count = len(launch.args) + 2
-        table = (ctypes.POINTER(ctypes.c_uint64) * count).from_address(captured.parameters)
-        values = [pointer.contents.value for pointer in table]
-        assert values[-2:] == [0, 0], "the two scratch pointers"
-        self.seen |= dict(zip(launch.args, values, strict=False))
-        if launch is not step.launches[-1]:
-            return None
-        at, self.seen = self.seen, {}
-        return step, at
-
 
 @dataclass
 class FakeHost:
@@ -166,11 +150,17 @@ class FakeHost:
         self.machines = [Machine(memory=self.memory, devices=self.count) for _ in range(self.count)]
         for number, machine in enumerate(self.machines):
             machine.host, machine.number = self, number
-        self.current = 0
+        self.lock = threading.RLock()  # as the driver, any thread may call it at any time
+        self.own = threading.local()
         self.events: dict[int, list[Any]] = {}  # (its GPU, how often it was recorded, how many of these the stream passed)
         self.peers: set[tuple[int, int]] = set()
         self.left: set[int] = set()  # those that have still to run the exchange to which all have come
         self.find: list[Callable[[], list[torch.Tensor]]] = []  # what each of them finds there
+
+    @property
+    def current(self) -> int:
+        """The GPU whose context is this thread's."""
+        return getattr(self.own, "current", 0)
 
     def expect(self, number: int, plan: LaunchPlan, shapes: dict[str, tuple[int, ...]], times: int) -> None:
         self.machines[number].expect(plan, shapes, times)
@@ -199,7 +189,7 @@ class FakeHost:
         if not name.startswith("cu"):
             return getattr(real, name)
 
-        def call(*args: Any) -> tuple[Any, ...]:
+        def answer(*args: Any) -> tuple[Any, ...]:
             self.calls.append((name, self.current))
             machine = self.machines[self.current]
             if name in machine.failing:
@@ -221,6 +211,10 @@ class FakeHost:
                 return tuple(getattr(machine, name)(*args))
             return (OK,) if result is None else result if isinstance(result, tuple) else (OK, result)
 
+        def call(*args: Any) -> tuple[Any, ...]:
+            with self.lock:
+                return answer(*args)
+
         return call
 
     # What is not one GPU's own ------------------------------------------------------------------------------
@@ -232,7 +226,7 @@ class FakeHost:
         return (OK, b"Fake GPU\0")
 
     def _cuCtxSetCurrent(self, context: str) -> None:
-        self.current = int(context.split()[1])
+        self.own.current = int(context.split()[1])
 
     def _cuDeviceCanAccessPeer(self, device: int, peer: int) -> int:
         return int((device, peer) not in self.apart)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from bench_scripts import BENCH, bench
 from fake_cuda import Captured, FakeDriver
 
 from gptoss_compile.artifact import Artifact
@@ -25,7 +24,6 @@ from gptoss_compile.runtime.executor_cuda import CudaExecutor
 from gptoss_compile.runtime.rank_cuda import RESERVE
 from gptoss_compile.target import Target
 
-BENCH = Path(__file__).parents[2] / "bench"
 CONFIG = ModelConfig(
     num_layers=2, hidden=64, intermediate=32, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=4,
     experts_per_token=2, vocab_size=96, sliding_window=16, windowed=(True, False), max_position=512,
@@ -67,16 +65,6 @@ def driver(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> NullDriver:
         fake.codes[path.read_bytes()] = path.stem
     monkeypatch.setattr(cuda_driver, "bindings", lambda: fake)
     return fake
-
-
-def bench(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module of its own: one is called like a folder of the repository."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+from bench_scripts import BENCH, bench
 from cuda.bindings import driver as real
 from fake_cuda import Captured
 from fake_host import FakeHost, Machine
@@ -41,7 +40,6 @@ from gptoss_compile.runtime.rank_cuda import RESERVE
 from gptoss_compile.runtime.sampling_params import SamplingParams
 from gptoss_compile.target import Target
 
-BENCH = Path(__file__).parents[2] / "bench"
 FEW, MANY, PROMPT = Bucket.decode(3), Bucket.extend(24, 8), Bucket.extend(96, 2, 2)  # slots, one-shot and two-shot sums
 CONFIG = ModelConfig(  # heads and experts' features are shared 2 : 1
     num_layers=2, hidden=192, intermediate=576, num_heads=12, num_kv_heads=3, head_dim=16, num_experts=32,
@@ -429,12 +427,3 @@ def test_startup_of_two_ranks(artifact: Artifact, host: FakeHost, monkeypatch: p
     assert result["ranks"] == 2 and result["checked_weights"] > 10
     with pytest.raises(ValueError, match="--tp 4: it was compiled for 2"):
         module.measure(artifact.path, 4, 8, time.time())
-
-
-def bench(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
