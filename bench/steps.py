@@ -4,6 +4,7 @@
 
 Requests run in the engine as under the API, each with a consumer in an event loop. When all generate, `--steps` steps are
 timed; then they are aborted, and the graph that the last step replayed is replayed on the inputs it left, over and over.
+An answer that ends before is an error.
 Prints a table, then one JSON line: milliseconds a step, and the share of it that is not the graph's. Needs neither PyTorch
 nor Triton.
 """
@@ -14,7 +15,6 @@ import argparse
 import asyncio
 import json
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from gpu import open_artifact
 
 from gptoss_compile.runtime.engine import Engine
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
-from gptoss_compile.runtime.outputs import RequestHandle
+from gptoss_compile.runtime.outputs import RequestHandle, RequestOutput
 from gptoss_compile.runtime.sampling_params import SamplingParams
+from gptoss_compile.runtime.scheduler import Step
 from gptoss_compile.runtime.timing import time_replays
 
-WARM = 20  # tokens of each answer before the clock starts
+WARM = 20  # steps with all requests before the clock starts
 
 
 def main() -> int:
@@ -48,10 +49,12 @@ def main() -> int:
     print(f"{artifact.path.name} on {executor.device_name}, context {options.context}, temperature {options.temperature:g}")
     print(f"  {'batch':>5} {'served ms':>10} {'bare ms':>10} {'added':>7}")
     rows = []
-    for batch in options.batches:
-        rows.append(measure(engine, executor, batch, options))
-        print("  {batch:5} {served_ms:10.4f} {bare_ms:10.4f} {added:7.1%}".format(**rows[-1]), flush=True)
-    engine.shutdown(drain=False)
+    try:
+        for batch in options.batches:
+            rows.append(measure(engine, executor, batch, options))
+            print("  {batch:5} {served_ms:10.4f} {bare_ms:10.4f} {added:7.1%}".format(**rows[-1]), flush=True)
+    finally:
+        engine.shutdown(drain=False)
     print(json.dumps({"bench": "steps", "artifact": artifact.path.name, "gpu": executor.device_name, "ranks": artifact.ranks,
                       "context": options.context, "temperature": options.temperature, "rows": rows}))
     return 0
@@ -62,29 +65,32 @@ def measure(engine: Engine, executor: CudaExecutor, batch: int, options: argpars
     rng = np.random.default_rng(batch)
     params = SamplingParams(max_tokens=None, ignore_eos=True, temperature=options.temperature, seed=0)
     prompts = rng.integers(0, executor.config.vocab_size, (batch, options.context)).tolist()
-    handles = [engine.submit(prompt, params) for prompt in prompts]
-    counts = [0] * batch
-    consumer = threading.Thread(target=lambda: asyncio.run(consume(handles, counts)))
-    consumer.start()
-    while min(counts) < WARM:
-        time.sleep(0.005)
-    start, first = time.perf_counter(), engine.stats().steps
-    while (steps := engine.stats().steps - first) < options.steps:
-        time.sleep(0.005)
-    served = (time.perf_counter() - start) / steps * 1e3
-    engine._inbox.put(engine._abort_all)  # all at once, so that the last step had all of them
-    consumer.join()
+    ends: list[float] = []  # of steps in which all generate
+    end_step = engine._end_step
+
+    def timed(step: Step) -> None:
+        end_step(step)
+        if step.bucket.kind == "decode" and len(step.chunks) == batch:
+            ends.append(time.perf_counter())
+            if len(ends) == WARM + options.steps:
+                engine._inbox.put(engine._abort_all)  # all at once, so that the last step has all of them
+
+    engine._end_step = timed  # type: ignore[method-assign]
+    try:
+        answers = asyncio.run(consume([engine.submit(prompt, params) for prompt in prompts]))
+    finally:
+        engine._end_step = end_step  # type: ignore[method-assign]
+    if any(answer.finish_reason != "abort" for answer in answers):
+        raise SystemExit(f"answers ended after {len(ends)} of {WARM} + {options.steps} steps: ask for fewer --steps or less "
+                         f"--context, as there is room for {engine.max_model_len} tokens")
+    served = (ends[WARM + options.steps - 1] - ends[WARM - 1]) / options.steps * 1e3
     bucket = min((b for b in executor.buckets if b.kind == "decode" and b.sequences >= batch), key=lambda b: b.tokens)
     bare = time_replays(executor, executor.graphs[bucket].replay, 50, 5).ms
     return {"batch": batch, "served_ms": round(served, 4), "bare_ms": round(bare, 4), "added": round(served / bare - 1, 4)}
 
 
-async def consume(handles: list[RequestHandle], counts: list[int]) -> None:
-    async def one(number: int) -> None:
-        async for output in handles[number]:
-            counts[number] += len(output.token_ids)
-
-    await asyncio.gather(*map(one, range(len(handles))))
+async def consume(handles: list[RequestHandle]) -> list[RequestOutput]:
+    return await asyncio.gather(*(handle.collect() for handle in handles))
 
 
 if __name__ == "__main__":

@@ -110,6 +110,15 @@ def test_steps(artifact: Artifact, driver: NullDriver, monkeypatch: pytest.Monke
     assert not driver.blocks, "everything was given back"
 
 
+def test_steps_that_the_context_does_not_hold(artifact: Artifact, driver: NullDriver,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    module = bench("steps", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["steps.py", str(artifact.path), "--batches=1", "--context=50", "--steps=500"])
+    with pytest.raises(SystemExit, match=r"^answers ended after \d+ of 20 \+ 500 steps: ask for fewer --steps or less"):
+        module.main()
+    assert not driver.blocks, "everything was given back"
+
+
 def test_host(monkeypatch: pytest.MonkeyPatch) -> None:
     module = bench("host", monkeypatch)
     assert all(us > 0 for consumers in (False, True) for us in module.measure(3, 100, 5, consumers))
