@@ -309,20 +309,16 @@ async def test_disconnect_frees_pages(
 
 
 async def test_large_prompts_leave_the_loop_free(client: httpx.AsyncClient) -> None:
-    longest = 0.0
+    turns = 0
 
     async def tick() -> None:
-        nonlocal longest
+        nonlocal turns
         while True:
-            start = time.monotonic()
             await asyncio.sleep(0.001)
-            longest = max(longest, time.monotonic() - start)
+            turns += 1
 
     ticking = asyncio.create_task(tick())
-    await asyncio.sleep(0.01)
     response = await client.post("/tokenize", json={"prompt": "The quick brown fox. " * 45_000})
     ticking.cancel()
     assert response.json()["count"] > 200_000
-    assert (
-        longest < 0.5
-    )  # 0.05 on an idle machine; encoding it in one go alone holds the interpreter for 0.13 s and more
+    assert turns > 10, "encoded in one go, it leaves the loop one or two"
