@@ -4,9 +4,8 @@
 
 Requests run in the engine as under the API, each with a consumer in an event loop. When all generate, `--steps` steps are
 timed; then they are aborted, and the graph that the last step replayed is replayed on the inputs it left, over and over.
-An answer that ends before is an error.
-Prints a table, then one JSON line: milliseconds a step, and the share of it that is not the graph's. Needs neither PyTorch
-nor Triton.
+An answer that ends before is an error. Prints a table, then one JSON line: milliseconds a step, and the share of it that is
+not the graph's. Needs neither PyTorch nor Triton.
 """
 
 from __future__ import annotations
@@ -32,6 +31,22 @@ from gptoss_compile.runtime.timing import time_replays
 WARM = 20  # steps with all requests before the clock starts
 
 
+class TimedEngine(Engine):
+    """Notes in `ends` when the steps ended in which all of `batch` requests generate. Behind the last that is wanted it
+    aborts all at once, so that the last step has all of them."""
+
+    def expect(self, batch: int, steps: int) -> None:
+        self.batch, self.steps = batch, steps
+        self.ends: list[float] = []
+
+    def _end_step(self, step: Step) -> None:
+        super()._end_step(step)
+        if step.bucket.kind == "decode" and len(step.chunks) == self.batch:
+            self.ends.append(time.perf_counter())
+            if len(self.ends) == self.steps:
+                self._abort_all()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
@@ -44,7 +59,7 @@ def main() -> int:
     artifact = open_artifact(options.artifact, options.tp)
     sequences = max(options.batches)
     executor = CudaExecutor.load(artifact, num_pages=None, max_num_seqs=sequences)
-    engine = Engine(executor, max_num_seqs=sequences, max_num_batched_tokens=max(b.tokens for b in artifact.buckets))
+    engine = TimedEngine(executor, max_num_seqs=sequences, max_num_batched_tokens=max(b.tokens for b in artifact.buckets))
     engine.start()
     print(f"{artifact.path.name} on {executor.device_name}, context {options.context}, temperature {options.temperature:g}")
     print(f"  {'batch':>5} {'served ms':>10} {'bare ms':>10} {'added':>7}")
@@ -60,26 +75,14 @@ def main() -> int:
     return 0
 
 
-def measure(engine: Engine, executor: CudaExecutor, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(engine: TimedEngine, executor: CudaExecutor, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """All `batch` requests generating, and what the same graph takes by itself."""
     rng = np.random.default_rng(batch)
     params = SamplingParams(max_tokens=None, ignore_eos=True, temperature=options.temperature, seed=0)
     prompts = rng.integers(0, executor.config.vocab_size, (batch, options.context)).tolist()
-    ends: list[float] = []  # of steps in which all generate
-    end_step = engine._end_step
-
-    def timed(step: Step) -> None:
-        end_step(step)
-        if step.bucket.kind == "decode" and len(step.chunks) == batch:
-            ends.append(time.perf_counter())
-            if len(ends) == WARM + options.steps:
-                engine._inbox.put(engine._abort_all)  # all at once, so that the last step has all of them
-
-    engine._end_step = timed  # type: ignore[method-assign]
-    try:
-        answers = asyncio.run(consume([engine.submit(prompt, params) for prompt in prompts]))
-    finally:
-        engine._end_step = end_step  # type: ignore[method-assign]
+    engine.expect(batch, WARM + options.steps)
+    answers = asyncio.run(consume([engine.submit(prompt, params) for prompt in prompts]))
+    ends = engine.ends
     if any(answer.finish_reason != "abort" for answer in answers):
         raise SystemExit(f"answers ended after {len(ends)} of {WARM} + {options.steps} steps: ask for fewer --steps or less "
                          f"--context, as there is room for {engine.max_model_len} tokens")
