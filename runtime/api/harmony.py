@@ -84,10 +84,11 @@ class HarmonyParser:
         """The turn is over, wherever it stands."""
         if self._state == "content":
             return self._close(cut=True)
-        if self._state == "header" and (text := headless_text(self._header_text())):
-            self.repairs += 1
-            return self._write_headless(text) + self._close()
-        return []
+        text = self._header_text() if self._state == "header" else ""
+        if may_begin_header(text):
+            return []
+        self.repairs += 1
+        return self._write_headless(headless_text(text)) + self._close()
 
     # States ----------------------------------------------------------------------------------------------------------
 
@@ -227,3 +228,8 @@ def headless_text(text: str) -> str:
     before, *channels = text.split("<|channel|>")
     kept = [_ROLE.sub("", before, count=1), *(_CHANNEL_WORD.sub("", part, count=1) for part in channels)]
     return _RECIPIENT.sub("", "".join(kept).replace("<|constrain|>", "")).strip()
+
+
+def may_begin_header(text: str) -> bool:
+    """Whether a turn that ends with this was cut off in a header, so that the text is nothing to show."""
+    return "<|channel|>" in text or any(word.startswith(headless_text(text)) for word in ("assistant", "to="))

@@ -72,6 +72,16 @@ async def test_nothing_else_is_written(
         script._queue.clear()
 
 
+@pytest.mark.parametrize("header", ["<|channel|>comment", " to", "<|channel|>commentary to"])
+async def test_a_second_call_cut_in_its_header_is_not_shown(
+    client: httpx.AsyncClient, script: Script, header: str
+) -> None:
+    written = script.ids(call("1;").replace("<|call|>", "<|end|><|start|>assistant" + header))
+    script.add(written)
+    made = await ask(client, custom(SUMS), tool_choice="required", max_output_tokens=len(written))
+    assert (made["type"], made["input"]) == ("custom_tool_call", "1;")
+
+
 def test_official_client(strict: openai.OpenAI, script: Script, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
     """Deltas come as the input is written, and the call goes back into the prompt as the model wrote it."""
     tool: Any = custom(SUMS)

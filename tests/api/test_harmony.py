@@ -96,15 +96,24 @@ def test_recovers(tokenizer: Tokenizer, script: Script, text: str, expected: lis
         "",
         "<|channel|>",
         "<|channel|>fin",
+        "<|channel|>commentary to",
         "<|channel|>commentary to=functions.f",
+        "<|channel|>commentary to=functions.f <|constrain|>json",
         "<|channel|>analysis<|message|>",
         "<|channel|>final<|message|>a<|end|><|start|>",
+        "<|channel|>final<|message|>a<|end|><|start|>ass",
+        "<|channel|>final<|message|>a<|end|><|start|>assistant to",
+        " to=functions.f",
     ],
 )
-def test_truncation_is_no_repair(tokenizer: Tokenizer, script: Script, text: str) -> None:
+def test_a_turn_cut_in_a_header_shows_nothing_of_it(tokenizer: Tokenizer, script: Script, text: str) -> None:
     parser = parse(tokenizer, script.ids(text))
-    assert parser.repairs == ("fin" in text and "final" not in text)
-    assert all(m.text in ("", "a") or m.text == "fin" for m in parser.messages)
+    assert parser.repairs == 0 and all(m.text in ("", "a") for m in parser.messages)
+
+
+def test_a_turn_cut_in_text_without_a_header_shows_it(tokenizer: Tokenizer, script: Script) -> None:
+    parser = parse(tokenizer, script.ids("no header"))
+    assert [(m.channel, m.text) for m in parser.messages] == [("final", "no header")] and parser.repairs == 1
 
 
 def test_long_text_without_header_streams(tokenizer: Tokenizer) -> None:
