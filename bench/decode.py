@@ -5,9 +5,9 @@
 Steps follow one another on the device, each fed with the likeliest tokens of the one before, so nothing waits for the host.
 Their position stays, so that all cost the same. Caches hold random values, sequences differ, and the experts that are
 counted are those that were chosen. Three yardsticks, of kernels that only read (see read_kernel.py): `chain`, one for each
-kernel of the step, experts read behind the router; `early`, the same but nothing waits; `bytes`, one kernel for all. Of an
-artifact of several ranks, bytes are those of the GPU that moves most, and every GPU has its own yardstick, which exchanges
-nothing. Tables, then one JSON line. Needs neither PyTorch nor Triton.
+kernel of the step, experts read behind the router; `early`, the same but no weights wait; `bytes`, one kernel for all. Of an
+artifact of several ranks, bytes are those of the GPU that moves most, and the chains exchange partial sums as the step does;
+`alone` is `chain` without that, every GPU for itself. Tables, then one JSON line. Needs neither PyTorch nor Triton.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu import Yardstick, open_artifact, seen_experts, step_bytes, touched_experts
+from gpu import Read, Yardstick, open_artifact, seen_experts, step_bytes, touched_experts
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
@@ -68,7 +69,8 @@ def measure(artifact: Artifact, batches: Sequence[int], contexts: Sequence[int],
         fill_caches(executor, artifact)
         yardstick = Yardstick(executor, read)
         print(f"  {'batch':>5} {'context':>7} {'ms':>8} {'tok/s':>8} {'GB':>7} {'TB/s':>5}  {'experts':>11}"
-              f"  {'chain':>13}  {'early':>13}  {'bytes':>13}  {'host us':>7}")
+              f"  {'chain':>13}  {'early':>13}  {'bytes':>13}" + ("" if artifact.ranks == 1 else f"  {'alone':>13}") +
+              f"  {'host us':>7}")
         for bucket in (b for b in artifact.buckets if b.kind == "decode" and b.tokens in batches):
             for context in contexts:
                 if not fits(executor, bucket.tokens, context, STEPS):
@@ -101,13 +103,17 @@ def one_row(executor: CudaExecutor, yardstick: Yardstick, bucket: Bucket, contex
     timing = time_replays(executor, graph.replay, replays_for(once, STEPS), 5)
     inputs["tokens"] = executor.read(bucket, next(o for o in executor.plans[bucket].inputs if o.key == "tokens"))
     experts, config = seen_experts(executor, bucket, inputs), executor.config
-    sizes = [[(step_bytes(config, step, context, experts), step.op.startswith("moe_gate_up"))
+    reads = [[Read(step_bytes(config, step, context, experts), step.op.startswith("moe_gate_up"), step)
               for step in rank.plans[bucket].steps] for rank in executor.ranks]
-    totals = [sum(size for size, _ in own) for own in sizes]
+    totals = [sum(read.size for read in own) for own in reads]
     total = max(totals)
-    whole = {"chain": yardstick.chain(sizes),
-             "early": yardstick.chain([[(size, False) for size, _ in own] for own in sizes]),
-             "bytes": yardstick.chain([[(own, False)] for own in totals])}
+
+    def changed(**fields: Any) -> list[list[Read]]:
+        return [[replace(read, **fields) for read in own] for own in reads]
+
+    chains = {"chain": reads, "early": changed(late=False), "bytes": [[Read(own)] for own in totals],
+              **({"alone": changed(step=None)} if len(executor.ranks) > 1 else {})}
+    whole = {name: yardstick.chain(bucket, chain) for name, chain in chains.items()}
     return {"batch": bucket.tokens, "context": context, "ms": round(timing.ms, 4), "best_ms": round(timing.best, 4),
             "tok_s": round(bucket.tokens / timing.ms * 1e3, 1), "bytes": total, "gpu_bytes": totals,
             "tb_s": round(total / timing.ms / 1e9, 3),

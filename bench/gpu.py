@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.launch_plan import KernelLaunch, Operand, Step
 from gptoss_compile.runtime.executor_cuda import CudaExecutor
-from gptoss_compile.runtime.graphs import Launch, make_launch
+from gptoss_compile.runtime.graphs import AnyPrepared, make_launch
 from gptoss_compile.runtime.rank_cuda import Rank
 from gptoss_compile.runtime.timing import Inputs, replays_for, time_replays
 
@@ -71,9 +74,18 @@ def open_artifact(path: Path, ranks: int | None) -> Artifact:
 # The yardstick ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Read:
+    """A kernel of a chain: so many bytes; late: behind the kernel before. step: exchanges what this step of a plan does."""
+
+    size: int
+    late: bool = False
+    step: Step | None = None
+
+
 class Yardstick:
     """Chains of kernels that only read, over the memory of the weights; see read_kernel.py. Of several ranks each has one of
-    its own, and all run at once, without waiting for each other."""
+    its own, and all run at once. They wait for each other only where they exchange, in the bucket's own places."""
 
     def __init__(self, executor: CudaExecutor, folder: Path) -> None:
         self._executor = executor
@@ -82,13 +94,14 @@ class Yardstick:
         if not self.shapes:
             raise ValueError(f"{folder} holds no read kernels; make them with bench/read_kernel.py")
 
-    def chain(self, sizes: Sequence[Iterable[tuple[int, bool]]]) -> dict[str, Any]:
-        """The fastest chain of one kernel for each (bytes, late) of each rank: {"ms", "shape"}."""
-        ranks, found = [list(own) for own in sizes], []
+    def chain(self, bucket: Bucket, reads: Sequence[Sequence[Read]]) -> dict[str, Any]:
+        """The fastest chain of each rank's reads: {"ms", "shape"}. Those that exchange do so with all of the bucket's steps,
+        the last of which counts."""
+        found = []
         for shape in self.shapes:
             graph = self._executor.capture("the yardstick", [
-                [reader.reads(shape, size, late) for size, late in own]
-                for reader, own in zip(self._readers, ranks, strict=True)])
+                [reader.launches(shape, bucket, read) for read in own]
+                for reader, own in zip(self._readers, reads, strict=True)])
             once = time_replays(self._executor, graph.replay, 2, 1).ms
             found.append((time_replays(self._executor, graph.replay, replays_for(once, 64), 3).ms, shape))
             graph.close()
@@ -108,21 +121,53 @@ class _Reader:
         self.shapes = sorted({name.rpartition("-")[0] for name in self._kernels})
         self._at = 0
         self._scratch = rank.device.allocate(1 << 20, "the yardstick")
+        self._counts: dict[int, int] = {}  # partial sums of a rank -> where that number is
 
-    def reads(self, shape: str, size: int, late: bool) -> list[Launch]:
+    def launches(self, shape: str, bucket: Bucket, read: Read) -> list[AnyPrepared]:
+        """A read, and the exchange of its step: in the kernel that reads if the step has it in the kernel that computes,
+        else by the step's own launches for it."""
+        vector, out = self._scratch, self._scratch + (1 << 19)
+        plain = partial(self._reads, shape, "late" if read.late else "early", read.size, (vector, out))
+        if (step := read.step) is None:
+            return plain()
+        if step.op == "all_gather":
+            return self._rank.prepare(bucket, [step])[0]
+        slots = next((o for o in (step.operands.get("partial"), *step.outputs)
+                      if isinstance(o, Operand) and o.place == "slots"), None)
+        *before, last = (isinstance(launch, KernelLaunch) and "partial" in launch.args for launch in step.launches)
+        if any(before):
+            prepared = self._rank.prepare(bucket, [step])[0]
+            return [launch for launch, sums in zip(prepared, before, strict=False) if sums] + plain()
+        if slots is None:
+            return plain()
+        assert not read.late, f"{step.op} reads its weights early and exchanges"
+        area, count = self._rank.areas[self._rank.number], self._count(math.prod(slots.shape))
+        return self._reads(shape, "collect" if last else "push", read.size,
+                           (vector, area, self._rank.address(bucket, slots), count, out))
+
+    def _reads(self, shape: str, kind: str, size: int, pointers: Sequence[int]) -> list[AnyPrepared]:
         """One kernel that reads `size` bytes, more than the cache holds behind what was read before; or several, if that is
         more than there is."""
         first, total = self._rank.weights.first, self._rank.weights.bytes
         block = int(shape.partition("-")[0]) * 4
-        name, left = f"{shape}-{'late' if late else 'early'}", -(-size // block)
-        launches = []
+        name, left = f"{shape}-{kind}", -(-size // block)
+        if name not in self._kernels:
+            raise ValueError(f"there is no read kernel {name}; make them again with bench/read_kernel.py")
+        launches: list[AnyPrepared] = []
         while left:
             part = min(left, total // block)
             if self._at + part * block > total:
                 self._at = 0
             planned = KernelLaunch(name, (part, 1, 1), (), (), True)
-            pointers = (first + self._at, self._scratch, self._scratch + (1 << 19))
-            launches.append(make_launch(self._rank.device, "the yardstick", planned, self._kernels[name], pointers))
+            launches.append(make_launch(self._rank.device, "the yardstick", planned, self._kernels[name],
+                                        (first + self._at, *pointers)))
             self._at += part * block
             left -= part
         return launches
+
+    def _count(self, values: int) -> int:
+        """Where a number of partial sums is on the device."""
+        if values not in self._counts:
+            at = self._counts[values] = self._scratch + (3 << 18) + 4 * len(self._counts)
+            self._rank.upload(at, np.array([values], np.uint32).view(np.uint8))
+        return self._counts[values]

@@ -3,26 +3,29 @@
     python bench/read_kernel.py [DIR] [--target sm90]
 
 Each program reads one block of static data, as a kernel does with its weights, waits for its predecessor, and reads a vector
-of activations. In `late` kernels the block is read behind the wait: the weights of experts, which the router chooses.
+of activations. In `late` kernels the block is read behind the wait: the weights of experts, which the router chooses. `push`
+and `collect` kernels exchange with other ranks as well, see kernels/sm90/read_exchange.cu.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import triton.language as tl
 
 from gptoss_compile.artifact import canonical_json
 from gptoss_compile.build import build
-from gptoss_compile.kernels.common import jit, launch, trigger, wait
-from gptoss_compile.kernels.spec import TensorSpec
+from gptoss_compile.kernels.common import cuda_launch, jit, launch, trigger, wait
+from gptoss_compile.kernels.spec import Launch, TensorSpec
 from gptoss_compile.lint import check_launch
 from gptoss_compile.target import TARGETS, Target
 
 SHAPES = ((8192, 4), (16384, 4), (16384, 8))  # (words of a program, warps); which is fastest depends on the card
 VECTOR = 1440  # words: 2,880 bf16
+BATCH = 3  # pairs of columns that a thread collects at a time: it has 12 of VECTOR, or 6
 
 
 @jit
@@ -50,20 +53,31 @@ def main() -> int:
     parser.add_argument("--target", default="sm90", choices=[t for t in TARGETS if t.startswith("sm")])
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    target, words = Target.parse(options.target), TensorSpec((1,), "i32")
+    target = Target.parse(options.target)
+    for name, launched in launches(target):
+        binary = build(launched.source, target)
+        for fault in check_launch(launched, binary, target):
+            sys.exit(f"read_kernel: error: {fault}")
+        (options.folder / f"{name}.cubin").write_bytes(binary.code)
+        (options.folder / f"{name}.json").write_bytes(canonical_json(binary.metadata()))
+        print(f"{options.folder / name}.cubin: {binary.registers} registers, {binary.threads} threads")
+    return 0
+
+
+def launches(target: Target) -> Iterator[tuple[str, Launch]]:
+    """Each kernel of each shape, by name."""
+    words = TensorSpec((1,), "i32")
     for block, warps in SHAPES:
         for late in (False, True):
             constants = {"BLOCK": block, "VECTOR": VECTOR, "VP": 2048, "LATE": late}
-            launched = launch(read_kernel, target, {"source": words, "vector": words, "out": words}, constants, grid=1,
-                              moved=0, preloads=() if late else ("source",), late_trigger=late, num_warps=warps)
-            binary = build(launched.source, target)
-            for fault in check_launch(launched, binary, target):
-                sys.exit(f"read_kernel: error: {fault}")
-            name = f"{block}-{warps}-{'late' if late else 'early'}"
-            (options.folder / f"{name}.cubin").write_bytes(binary.code)
-            (options.folder / f"{name}.json").write_bytes(canonical_json(binary.metadata()))
-            print(f"{options.folder / name}.cubin: {binary.registers} registers, {binary.threads} threads")
-    return 0
+            yield f"{block}-{warps}-{'late' if late else 'early'}", launch(
+                read_kernel, target, {"source": words, "vector": words, "out": words}, constants, grid=1, moved=0,
+                preloads=() if late else ("source",), late_trigger=late, num_warps=warps)
+        for collect in (False, True) if target.name == "sm90" else ():
+            defines = {"WORDS": block, "VECTOR": VECTOR, "THREADS": 32 * warps, "COLLECT": int(collect), "BATCH": BATCH}
+            yield f"{block}-{warps}-{'collect' if collect else 'push'}", cuda_launch(
+                "read_exchange.cu", "read_exchange", defines, ("source", "vector", "exchange", "slots", "values", "out"),
+                grid=1, threads=32 * warps, moved=0, preloads=("source", "values"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -17,5 +19,13 @@ def bench(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
+
+
+def learn_kernels(codes: dict[bytes, str], folder: Path) -> None:
+    """Add a folder's kernels to those that a driver knows, as symbol and name."""
+    for path in folder.glob("*.cubin"):
+        symbol = json.loads(path.with_suffix(".json").read_text())["symbol"]
+        codes[path.read_bytes()] = f"{symbol} {path.stem}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_scripts import BENCH, bench
+from bench_scripts import BENCH, bench, learn_kernels
 from fake_cuda import Captured, FakeDriver
 
 from gptoss_compile.artifact import Artifact
@@ -40,9 +40,6 @@ class NullDriver(FakeDriver):
 
     def _cuEventElapsedTime(self, start: Any, end: Any) -> float:
         return 1.0
-
-    def _cuModuleLoadData(self, code: bytes) -> str:
-        return self.codes.get(code, "read_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +74,7 @@ def executor(artifact: Artifact, driver: NullDriver) -> Iterator[CudaExecutor]:
 def test_decode(artifact: Artifact, driver: NullDriver, read: Path, monkeypatch: pytest.MonkeyPatch,
                 capsys: pytest.CaptureFixture[str]) -> None:
     module = bench("decode", monkeypatch)
+    learn_kernels(driver.codes, read)
     monkeypatch.setattr(sys, "argv", ["decode.py", str(artifact.path), "--batches=1,3", "--contexts=128,256,513",
                                       f"--read={read}"])
     assert module.main() == 0
