@@ -134,15 +134,15 @@ class _Reader:
             return self._rank.prepare(bucket, [step])[0]
         slots = next((o for o in (step.operands.get("partial"), *step.outputs)
                       if isinstance(o, Operand) and o.place == "slots"), None)
-        *before, last = (isinstance(launch, KernelLaunch) and "partial" in launch.args for launch in step.launches)
-        if any(before):
+        sums = ["partial" in launch.args for launch in step.launches]
+        if any(sums[:-1]):
             prepared = self._rank.prepare(bucket, [step])[0]
-            return [launch for launch, sums in zip(prepared, before, strict=False) if sums] + plain()
+            return [launch for launch, own in zip(prepared, sums, strict=True) if own] + plain()
         if slots is None:
             return plain()
         assert not read.late, f"{step.op} reads its weights early and exchanges"
         area, count = self._rank.areas[self._rank.number], self._count(math.prod(slots.shape))
-        return self._reads(shape, "collect" if last else "push", read.size,
+        return self._reads(shape, "collect" if sums[-1] else "push", read.size,
                            (vector, area, self._rank.address(bucket, slots), count, out))
 
     def _reads(self, shape: str, kind: str, size: int, pointers: Sequence[int]) -> list[AnyPrepared]:
@@ -168,6 +168,6 @@ class _Reader:
     def _count(self, values: int) -> int:
         """Where a number of partial sums is on the device."""
         if values not in self._counts:
-            at = self._counts[values] = self._scratch + (3 << 18) + 4 * len(self._counts)
+            at = self._counts[values] = self._rank.device.allocate(4, "the yardstick")
             self._rank.upload(at, np.array([values], np.uint32).view(np.uint8))
         return self._counts[values]

@@ -84,8 +84,7 @@ class HarmonyParser:
         """The turn is over, wherever it stands."""
         if self._state == "content":
             return self._close(cut=True)
-        text = self._header_text() if self._state == "header" else ""
-        if may_begin_header(text):
+        if self._state != "header" or may_begin_header(text := self._header_text()):
             return []
         self.repairs += 1
         return self._write_headless(headless_text(text)) + self._close()

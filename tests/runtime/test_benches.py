@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_scripts import BENCH, bench, learn_kernels
+from bench_scripts import bench, learn_kernels
 from fake_cuda import Captured, FakeDriver
 
 from gptoss_compile.artifact import Artifact
@@ -46,13 +45,6 @@ class NullDriver(FakeDriver):
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     folder = tmp_path_factory.mktemp("bench") / "artifact"
     return compile_checkpoint(Checkpoint.random(CONFIG, 3), None, Request(Target.parse("sm90"), "random:1", BUCKETS), folder)
-
-
-@pytest.fixture(scope="module")
-def read(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("read")
-    subprocess.run([sys.executable, BENCH / "read_kernel.py", folder], check=True)
-    return folder
 
 
 @pytest.fixture
