@@ -75,7 +75,7 @@ class Layout:
             rows, columns = shape
             return -(-rows // 64) * 64 * columns * 2
         experts, rows, blocks, _ = shape
-        return experts * (rows // 64) * (blocks // 2) * 2176
+        return experts * (rows // 64) * (-(-blocks // 6) * 3) * 2176
 
 
 Place = Literal["arena", "workspace", "exchange", "slots", "input", "weight", "cache", "state"]

@@ -16,7 +16,7 @@ from gptoss_compile.launch_plan import Cut, LaunchPlan, Weight
 from gptoss_compile.target import Target
 
 Span = tuple[int, int]  # [start, stop)
-SLAB_FEATURES = 192  # Hopper's kernels run MXFP4 experts in so many features at a time
+STAGE_FEATURES = 96  # Hopper's kernels run MXFP4 experts in so many features, 192 rows of gate_up, at a time
 
 
 def spans(units: int, ranks: int) -> list[Span]:
@@ -25,10 +25,10 @@ def spans(units: int, ranks: int) -> list[Span]:
 
 
 def feature_unit(config: ModelConfig, target: Target) -> int:
-    """Intermediate features that stay together: those of a slab of the target's kernels or of an MXFP4 block, else one."""
+    """Intermediate features that stay together: those of a stage of the target's kernels or of an MXFP4 block, else one."""
     if config.expert_format != "mxfp4":
         return 1
-    return SLAB_FEATURES if target.name == "sm90" else MXFP4_BLOCK
+    return STAGE_FEATURES if target.name == "sm90" else MXFP4_BLOCK
 
 
 def rank_config(config: ModelConfig, rank: int, ranks: int, target: Target) -> ModelConfig:
@@ -114,7 +114,7 @@ def _rank_weight(weight: Weight, config: ModelConfig, rank: int, ranks: int, tar
 
 def _feature_units(unit: int) -> str:
     return {1: "intermediate features", MXFP4_BLOCK: "MXFP4 blocks of intermediate features"}.get(
-        unit, f"slabs of {unit} intermediate features")
+        unit, f"groups of {unit} intermediate features")
 
 
 def _times(span: Span, factor: int) -> Span:

@@ -3,9 +3,10 @@
     tiles           a dense bf16 weight [N, K] as [ceil(N/64)][K/64] tiles of 64 rows × 64 columns, rows beyond N zero.
                     Row r of a tile is 128 bytes, whose 16-byte chunk c lies at place c ^ (r mod 8): the 128-byte swizzle,
                     so a tile is an operand of wgmma as it is, and one bulk copy brings it.
-    mxfp4_gate_up   an expert projection's blocks [E, N, K/32, 16] and scales [E, N, K/32] as [E][N/192][K/64] stages of
+    mxfp4_gate_up   an expert projection's blocks [E, N, K/32, 16] and scales [E, N, K/32] as [E][N/192][K'/64] stages of
     mxfp4_down      three slabs. A slab is 64 rows × 64 columns: 2,048 bytes of values in the order in which a warpgroup's
-                    lanes feed them to the tensor cores, then 128 bytes of scales.
+                    lanes feed them to the tensor cores, then 128 bytes of scales. K' is K rounded up to a multiple of 192:
+                    columns beyond K are zeros with a scale of 2^-127.
 
 A slab's rows are dealt to fragments so that a projection's results lie well (`_slab_rows`): in gate_up a lane holds gate and
 up of one feature, in down four neighbouring features. A lane's 16 bytes are two steps of 32 columns, each two words w0, w1
@@ -22,9 +23,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 TILE = 64  # rows and columns
-SLABS = 3  # of a stage
+SLABS = 3  # of a stage, and stages that three warps of `moe_pair` share
 SLAB_BYTES = 2176
 _ROTATIONS = (0, 6, 12, 2, 0, 6, 12, 8)
 _PLACES = (6, 7, 8, 15)  # of a value's four bits, lowest first, in a half of a register
@@ -58,7 +60,9 @@ def _source_bit(register: int, place: int) -> int:
 
 
 def _slabs(name: str, blocks: Tensor, scales: Tensor) -> Tensor:
-    """[E, N/192, K/64, 3, 2176] u8 of blocks [E, N, K/32, 16] and scales [E, N, K/32]; N a multiple of 192, K of 64."""
+    """[E, N/192, K'/64, 3, 2176] u8 of blocks [E, N, K/32, 16] and scales [E, N, K/32]; N a multiple of 192."""
+    missing = -scales.shape[2] % (SLABS * TILE // 32)
+    blocks, scales = pad(blocks, (0, 0, 0, missing)), pad(scales, (0, missing))
     experts, rows, groups = scales.shape
     where = _slab_rows(name).to(blocks.device)
 

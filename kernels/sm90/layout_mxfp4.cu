@@ -1,6 +1,6 @@
 // Experts into the layouts `mxfp4_gate_up` and `mxfp4_down` of kernels/layouts.py, once, when an artifact is loaded. One binary
 // serves weights of every shape: the shape comes from memory. A thread makes 16 bytes of the result; neighbours write
-// neighbouring bytes.
+// neighbouring bytes. Columns are filled up to a multiple of 192 with blocks that are all zero, their scale too.
 #include "common.cuh"
 
 struct Parameters { int experts, rows, columns, down; };  // of a weight [experts, rows, columns]
@@ -21,7 +21,7 @@ __device__ constexpr int source_bit(int reg, int place) {
     return bit + (reg >= 4 ? 32 : 0);
 }
 
-// The two words of one step of 32 columns of a lane, from its rows' 16 bytes each.
+// The two words of one block of 32 columns of a lane, from its rows' 16 bytes each.
 __device__ u64 two_words(const unsigned char* low_row, const unsigned char* high_row, int t) {
     constexpr int places[4] = {6, 7, 8, 15};
     u64 words = 0;
@@ -42,7 +42,7 @@ extern "C" __global__ void mxfp4(const Parameters* shape, const unsigned char* b
     trigger_next();
     wait_for_previous();
     constexpr int PIECES = SLAB_BYTES / 16, VALUES = VALUE_BYTES / 16;
-    const int depth = shape->columns / 64, groups = shape->columns / 32, down = shape->down;
+    const int groups = shape->columns / 32, depth = (shape->columns + 191) / 192 * 3, down = shape->down;
     const long slabs = (long)shape->experts * shape->rows / 64, count = slabs * depth * PIECES;
     for (long i = blockIdx.x * (long)blockDim.x + threadIdx.x; i < count; i += (long)gridDim.x * blockDim.x) {
         const int piece = i % PIECES;
@@ -53,7 +53,8 @@ extern "C" __global__ void mxfp4(const Parameters* shape, const unsigned char* b
             const int warp = piece / 32, g = piece % 32 / 4, t = piece % 4;
             const unsigned char* low = blocks + ((first + slab_row(down, warp, g)) * groups + group) * 16;
             const unsigned char* high = blocks + ((first + slab_row(down, warp, g + 8)) * groups + group) * 16;
-            const u64 a = two_words(low, high, t), b = two_words(low + 16, high + 16, t);
+            const u64 a = group < groups ? two_words(low, high, t) : 0;
+            const u64 b = group + 1 < groups ? two_words(low + 16, high + 16, t) : 0;
             out[i] = make_uint4((u32)a, (u32)(a >> 32), (u32)b, (u32)(b >> 32));
         } else {  // [warp][g][row half][step]: four words are one warp's g … g + 3
             const int warp = (piece - VALUES) / 2, g0 = (piece - VALUES) % 2 * 4;
@@ -64,7 +65,8 @@ extern "C" __global__ void mxfp4(const Parameters* shape, const unsigned char* b
 #pragma unroll
                 for (int byte = 0; byte < 4; byte++) {
                     const long row = first + slab_row(down, warp, g0 + k + 8 * (byte / 2));
-                    words[k] |= (scales[row * groups + group + byte % 2] + 126u & 255u) << 8 * byte;
+                    const u32 scale = group + byte % 2 < groups ? scales[row * groups + group + byte % 2] : 0;
+                    words[k] |= (scale + 126 & 255) << 8 * byte;
                 }
             }
             out[i] = make_uint4(words[0], words[1], words[2], words[3]);

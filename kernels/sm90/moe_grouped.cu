@@ -9,14 +9,19 @@
 // warpgroups have 64 weight rows each and share the tokens. A fourth feeds them: one thread streams weights, one tokens, one
 // publishes finished tiles, a warp fetches biases. So nobody who multiplies waits for device memory.
 //
+// Of down's K = INNER the last 64 columns may be half there: weights have zeros for the others by their layout (which goes
+// on with whole blocks of zeros, skipped here), and whoever stores the group's last features stores zeros behind them.
+//
 // Nothing here but pointers depends on the number of tokens. extent: {groups, rows of the activation tiles / 8}.
-// Defines: HIDDEN, INNER: multiples of 192; WIDEST: a multiple of 8; STAGES: of the ring, a divisor of HIDDEN / 64 and of
-// INNER / 64; BLOCKS: on a processor; SHARED: bytes; ALPHA, LIMIT.
+// Defines: HIDDEN: a multiple of 192; INNER: of 96; WIDEST: of 8; STAGES: of the ring, a divisor of HIDDEN / 64; BLOCKS: on
+// a processor; SHARED: bytes; ALPHA, LIMIT.
 #include "wgmma_registers.cuh"
 
 constexpr int SLABS = 3, SLAB = 2176;     // warpgroups that multiply; bytes of 64 weight rows x 64 columns
 constexpr int TILES = 4;                  // of the ring of tile descriptors
 constexpr int GATE_UP_PARTS = 2 * INNER / 192, DOWN_PARTS = HIDDEN / 192;  // tiles a group
+constexpr int UP_BLOCKS = HIDDEN / 64, DOWN_BLOCKS = (INNER + 63) / 64;  // of 64 columns: a tile's stages
+constexpr int DOWN_STRIDE = (INNER + 191) / 192 * 3;                     // stages from one tile's weights to the next's
 constexpr int MULTIPLIERS = SLABS * 128, THREADS = MULTIPLIERS + 128;
 
 struct Tile { int phase, group, part, expert, start, rows, atoms, unused; };  // rows 0: no more tiles
@@ -55,6 +60,21 @@ struct Turn {
         }
     }
 };
+
+// Every tile begins at stage 0 of the ring and goes round as often as it needs to. In phase 1 the last round may be short: END
+// stages, and the others are left out.
+constexpr int UP_ROUNDS = UP_BLOCKS / STAGES, DOWN_ROUNDS = (DOWN_BLOCKS + STAGES - 1) / STAGES;
+constexpr int END = DOWN_BLOCKS % STAGES;  // 0: no round is short
+static_assert(UP_BLOCKS % STAGES == 0, "stages");
+DEVICE int rounds_of(int phase) { return phase ? DOWN_ROUNDS : UP_ROUNDS; }
+DEVICE bool is_short(int phase, int round) { return END && phase && round == DOWN_ROUNDS - 1; }
+
+// `parities`: of the next phase of the stages' barriers, a bit each, because stages that were left out lag behind. Where none
+// ever is: one bit for all.
+DEVICE u32 parity_of(u32 parities, int stage) { return END ? parities >> stage & 1 : parities; }
+DEVICE u32 after_round(u32 parities, bool is_short) {
+    return parities ^ (!END ? 1 : is_short ? (1 << END) - 1 : (1 << STAGES) - 1);
+}
 
 // ---- decoding -----------------------------------------------------------------------------------
 
@@ -106,30 +126,30 @@ DEVICE float swiglu(float gate, float up_and_1) {
     return g * r * u;
 }
 
-// Sums of a tile's 64 weight rows of this warpgroup times N tokens, over PHASE's K. `parity`: of the ring's stages.
+// Sums of a tile's 64 weight rows of this warpgroup times N tokens, over the phase's K.
 //
-// Every tile begins at stage 0, and the ring is walked in straight line: all addresses are constants. The second half of a
-// stage is decoded under the first half's products, the next stage's first half under the other warpgroups'.
+// The ring is walked in straight line from stage 0 on: all addresses are constants. The second half of a stage is decoded
+// under the first half's products, the next stage's first half under the other warpgroups'.
 template <int N>
-DEVICE void multiply(float (&d)[N / 2], const Places& at, int rounds, u32& parity) {
+DEVICE void multiply(float (&d)[N / 2], const Places& at, int phase, u32& parities) {
     const int tid = threadIdx.x, warpgroup = tid / 128, warp = tid / 32 % 4, g = tid % 32 / 4;
     const u32 own = warpgroup * SLAB + tid % 128 * 16, own_scales = warpgroup * SLAB + 2048 + warp * 32 + g * 4;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) d[i] = 0.f;
 
     u32 first[8], second[8];
-    barrier_wait(at.full(0), parity);
+    barrier_wait(at.full(0), parity_of(parities, 0));
     uint4 w = load_shared_16(at.weights(0) + own);
     u32 scales = load_shared_4(at.weights(0) + own_scales);
     decode(first, w.x, w.y, factors_of(scales, 0));
 #pragma unroll 1
-    for (int round = 0; round < rounds; ++round) {
-        const bool last_round = round == rounds - 1;
+    for (int round = 0; round < rounds_of(phase); ++round) {
+        const bool last_round = round == rounds_of(phase) - 1, short_round = is_short(phase, round);
 #pragma unroll
         for (int stage = 0; stage < STAGES; ++stage) {
             const int next = (stage + 1) % STAGES;
-            const u32 next_parity = next ? parity : parity ^ 1;
-            const bool more = next || !last_round;
+            const u32 next_parity = next ? parity_of(parities, next) : parity_of(parities, 0) ^ 1;
+            const bool more = stage + 1 == END ? !short_round : next || !last_round;
             const u64 tokens = wgmma_operand(at.tokens(stage));
             const bool ready = !more || barrier_test(at.full(next), next_parity);
             wgmma_fence();
@@ -149,8 +169,9 @@ DEVICE void multiply(float (&d)[N / 2], const Places& at, int rounds, u32& parit
             wgmma_wait<0>();
             barrier_arrive(at.empty(stage));
             if (more) decode(first, w.x, w.y, factors_of(scales, 0));
+            else if (stage + 1 == END) break;
         }
-        parity ^= 1;
+        parities = after_round(parities, short_round);
     }
 }
 
@@ -161,14 +182,22 @@ DEVICE void store(const float (&d)[N / 2], const Tile& tile, float2 bias, u16* h
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
     const int slab = tile.part * SLABS + warpgroup;
     if (tile.phase == 0) {  // gate and up of feature slab * 32 + warp * 8 + g: a warp's 8 are one chunk of a tile's row
-        const int chunk = slab % 2 * 4 + warp;
-        u16* out = h + ((long)(slab / 2) * tile.atoms + tile.start / 8) * 512 + g * 64 + (chunk ^ g) * 8 + c * 2;
+        const auto place = [&](int chunk) {
+            return h + ((long)(slab / 2) * tile.atoms + tile.start / 8) * 512 + g * 64 + (chunk ^ g) * 8 + c * 2;
+        };
+        u16* out = place(slab % 2 * 4 + warp);
 #pragma unroll
         for (int j = 0; j < N / 8; ++j) {
             const float even = swiglu(d[4 * j] + bias.x, d[4 * j + 2] + bias.y);
             const float odd = swiglu(d[4 * j + 1] + bias.x, d[4 * j + 3] + bias.y);
             const u32 features = transpose_8x8(pack_bf16(even, odd));
             if (8 * j + g < tile.rows) *(u32*)(out + j * 512) = features;
+        }
+        if (INNER % 64 && slab == INNER / 32 - 1) {  // the last features are half a row of the last tile
+            u16* behind = place(4 + warp);
+#pragma unroll
+            for (int j = 0; j < N / 8; ++j)
+                if (8 * j + g < tile.rows) *(u32*)(behind + j * 512) = 0;
         }
     } else {  // rows are dealt so that a lane gets four neighbouring features
         u16* out = y + (long)(tile.start + g) * HIDDEN + slab * 64 + warp * 16 + c * 4;
@@ -182,9 +211,9 @@ DEVICE void store(const float (&d)[N / 2], const Tile& tile, float2 bias, u16* h
 }
 
 template <int N>
-DEVICE void run_tile(const Places& at, const Turn& turn, u32& parity, u16* h, u16* y) {
+DEVICE void run_tile(const Places& at, const Turn& turn, u32& parities, u16* h, u16* y) {
     float d[N / 2];
-    multiply<N>(d, at, (tile_at(turn.slot).phase ? INNER : HIDDEN) / 64 / STAGES, parity);
+    multiply<N>(d, at, tile_at(turn.slot).phase, parities);
     __syncwarp();
     const Tile tile = tile_at(turn.slot);
     barrier_wait(at.biased(turn.slot), turn.parity);
@@ -197,18 +226,18 @@ DEVICE void run_tile(const Places& at, const Turn& turn, u32& parity, u16* h, u1
 
 // A tile's width is its rows, rounded up to whole atoms.
 template <int N>
-DEVICE void run_tile_of_width(int rows, const Places& at, const Turn& turn, u32& parity, u16* h, u16* y) {
-    if (rows <= N) run_tile<N>(at, turn, parity, h, y);
-    else if constexpr (N < WIDEST) run_tile_of_width<N + 8>(rows, at, turn, parity, h, y);
+DEVICE void run_tile_of_width(int rows, const Places& at, const Turn& turn, u32& parities, u16* h, u16* y) {
+    if (rows <= N) run_tile<N>(at, turn, parities, h, y);
+    else if constexpr (N < WIDEST) run_tile_of_width<N + 8>(rows, at, turn, parities, h, y);
 }
 
 DEVICE void multiply_tiles(const Places& at, u16* h, u16* y) {
-    u32 parity = 0;
+    u32 parities = 0;
     for (Turn turn;; turn.next()) {
         barrier_wait(at.posted(turn.slot), turn.parity);
         const int rows = tile_at(turn.slot).rows;
         if (rows == 0) return;
-        run_tile_of_width<8>(rows, at, turn, parity, h, y);
+        run_tile_of_width<8>(rows, at, turn, parities, h, y);
     }
 }
 
@@ -220,7 +249,7 @@ DEVICE void stream_weights(const Places& at, const int4* groups, const int* exte
     const int group_count = load_4(extent), atoms = load_4(extent + 1);
     const int gate_up_tiles = group_count * GATE_UP_PARTS, all = gate_up_tiles + group_count * DOWN_PARTS;
     Turn turn;
-    u32 parity = 0;
+    u32 parities = 0;
     int i = atomicAdd(counter, 1);
     for (;; turn.next()) {
         const int following = atomicAdd(counter, 1);
@@ -234,13 +263,14 @@ DEVICE void stream_weights(const Places& at, const int4* groups, const int* exte
         const uint4 group = load_16(groups + j / parts);
         tile_at(turn.slot) = {phase, j / parts, j % parts, (int)group.x, (int)group.y, (int)group.z, atoms, 0};
         barrier_arrive(at.posted(turn.slot));
-        const int blocks = (phase ? INNER : HIDDEN) / 64;
-        const char* from = (phase ? down : up) + ((long)group.x * parts + j % parts) * blocks * WEIGHTS_STAGE;
+        const int stride = phase ? DOWN_STRIDE : UP_BLOCKS;
+        const char* from = (phase ? down : up) + ((long)group.x * parts + j % parts) * stride * WEIGHTS_STAGE;
 #pragma unroll 1
-        for (int round = 0; round < blocks / STAGES; ++round, parity ^= 1)
+        for (int round = 0; round < rounds_of(phase); parities = after_round(parities, is_short(phase, round++)))
 #pragma unroll
             for (int stage = 0; stage < STAGES; ++stage, from += WEIGHTS_STAGE) {
-                barrier_wait(at.empty(stage), parity ^ 1);
+                if (END && stage == END && is_short(phase, round)) break;
+                barrier_wait(at.empty(stage), parity_of(parities, stage) ^ 1);
                 barrier_expect(at.full(stage), WEIGHTS_STAGE);
                 if (WIDEST <= 64) bulk_copy_once(at.weights(stage), from, WEIGHTS_STAGE, at.full(stage));
                 else bulk_copy(at.weights(stage), from, WEIGHTS_STAGE, at.full(stage));  // other groups read them again
@@ -253,7 +283,7 @@ DEVICE void stream_weights(const Places& at, const int4* groups, const int* exte
 DEVICE void stream_tokens(const Places& at, const char* x, const char* h, int* counters, int group_count) {
     int* const finished = counters + 2;
     Turn turn;
-    u32 parity = 0;
+    u32 parities = 0;
     for (;; turn.next()) {
         barrier_wait(at.posted(turn.slot), turn.parity);
         const Tile tile = tile_at(turn.slot);
@@ -266,10 +296,11 @@ DEVICE void stream_tokens(const Places& at, const char* x, const char* h, int* c
         const char* from = (tile.phase ? h : x) + (long)tile.start * 128;
         const int bytes = (tile.rows + 7) / 8 * 1024;
 #pragma unroll 1
-        for (int round = 0; round < (tile.phase ? INNER : HIDDEN) / 64 / STAGES; ++round, parity ^= 1)
+        for (int round = 0; round < rounds_of(tile.phase); parities = after_round(parities, is_short(tile.phase, round++)))
 #pragma unroll
             for (int stage = 0; stage < STAGES; ++stage, from += tile.atoms * 1024L) {
-                barrier_wait(at.empty(stage), parity ^ 1);
+                if (END && stage == END && is_short(tile.phase, round)) break;
+                barrier_wait(at.empty(stage), parity_of(parities, stage) ^ 1);
                 barrier_expect(at.full(stage), bytes);
                 bulk_copy(at.tokens(stage), from, bytes, at.full(stage));
             }

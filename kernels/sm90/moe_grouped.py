@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import gcd
 
 from gptoss_compile.kernels.common import cdiv, cuda_launch, number, tensor
 from gptoss_compile.kernels.moe_grouped import Sizes
@@ -56,11 +55,10 @@ def variants(target: Target, size: Sizes) -> Iterator[Variant]:
 
 
 def stages(target: Target, size: Sizes, chosen: Variant) -> int:
-    """Of the ring: as many as fit, and a divisor of both projections' depths, so that every tile begins at the first."""
+    """Of the ring: as many as fit, and a divisor of gate_up's depth, so that each of its tiles goes round without rest."""
     room = (target.shared_bytes + RESERVED) // chosen.blocks - RESERVED - BESIDE_STAGES
     most = min(room // (chosen.widest * 128 + STAGE_WEIGHTS), MOST_STAGES)
-    depth = gcd(size.hidden // 64, size.inner // 64)
-    return next(n for n in range(most, 0, -1) if depth % n == 0)
+    return next(n for n in range(most, 0, -1) if size.hidden // 64 % n == 0)
 
 
 def most_rows(size: Sizes) -> int:
@@ -73,15 +71,15 @@ def buffers(size: Sizes, chosen: Variant) -> dict[str, TensorSpec]:
     groups = size.pairs // chosen.widest + min(size.experts, size.pairs)
     return {"place": TensorSpec((size.tokens, size.top_k), "i32"),
             "groups": TensorSpec((groups, 4), "i32"), "extent": TensorSpec((2,), "i32"),
-            "x_tiles": activation_tiles(rows, size.hidden), "h_tiles": activation_tiles(rows, size.inner),
+            "x_tiles": activation_tiles(rows, size.hidden), "h_tiles": activation_tiles(rows, cdiv(size.inner, 64) * 64),
             "y": TensorSpec((rows, size.hidden), "bf16")}
 
 
 def supports(target: Target, operands: Mapping[str, Operand]) -> bool:
-    """MXFP4 experts whose rows, in both projections, are whole tiles."""
+    """MXFP4 experts whose rows, in both projections, are whole tiles; one of gate_up's is gate and up of 96 features."""
     size = Sizes.of(operands)
     return (target.name == "sm90" and isinstance(operands["up_scales"], TensorSpec) and size.dtype == "bf16"
-            and size.hidden % STAGE_ROWS == 0 and size.inner % STAGE_ROWS == 0 and size.experts <= MOST_EXPERTS)
+            and size.hidden % STAGE_ROWS == 0 and 2 * size.inner % STAGE_ROWS == 0 and size.experts <= MOST_EXPERTS)
 
 
 def sort_launch(size: Sizes, chosen: Variant, shared: Mapping[str, TensorSpec]) -> Launch:

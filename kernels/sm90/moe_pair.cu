@@ -1,7 +1,8 @@
 // The experts of a few tokens, one (token, expert) pair at a time, MXFP4 weights: moe_gate_up (DOWN 0), moe_down (DOWN 1).
 //
 // Defines: DOWN, HIDDEN, INNER, TOP_K; gate_up: EPS, ALPHA, LIMIT, EARLY (may x be read before the wait?); down: PUSH (with
-// several ranks: no residual, and the sums go into slots of TOKENS tokens on every rank). Both lengths are multiples of 192.
+// several ranks: no residual, and the sums go into slots of TOKENS tokens on every rank). HIDDEN is a multiple of 192, INNER
+// of 96: columns of down are filled up with zeros to a multiple of 192, in the weights by their layout, in h here.
 //
 // Weights come as slabs of 64 rows x 64 columns in fragment order (kernels/layouts.py): 16 bytes a lane are the A operands
 // of four mma of 16 rows. A *unit* is 16 rows x all K columns; three warps share a unit, a third of K each, and their sums
@@ -17,7 +18,7 @@
 constexpr int SLAB = 2176, STAGE = 3 * SLAB;  // bytes; three slabs of one k-block of 64 columns lie together
 constexpr int PARTS = 3;                      // warps that share a unit
 #if DOWN
-constexpr int K = INNER, ROWS = HIDDEN;
+constexpr int K = (INNER + 191) / 192 * 192, ROWS = HIDDEN;
 constexpr int SPLIT = TOP_K % 2 ? 1 : 2, OWN = TOP_K / SPLIT;  // blocks of a cluster and the experts of each
 constexpr int GROUPS = OWN, UNITS = 1;                        // a block has one unit of each of its experts
 constexpr int CHAINS = 2;  // sums of a unit: two mma in turn, so that neither waits for the other
@@ -257,13 +258,15 @@ moe_down(const u16* h, const int* ids, const float* probs, const char* weight, c
     constexpr int CHUNKS = BLOCKS * 8;  // of 16 bytes: a third of a vector
     constexpr u32 UP_BF16 = 0x5F805F80;  // 2^64, twice
     const u32 third = vector + part * CHUNKS * 16;
-    const u16* line = h + (long)pair * K + part * CHUNKS * 8;
+    const u16* line = h + (long)pair * INNER + part * CHUNKS * 8;
+    const int known = INNER / 8 - part * CHUNKS;  // chunks from here to h's end: those beyond are zeros
 #pragma unroll
     for (int start = 0; start < CHUNKS; start += 128) {
         uint4 v[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            if (const int chunk = start + i * 32 + lane; chunk < CHUNKS) v[i] = load_16(line + chunk * 8);
+            if (const int chunk = start + i * 32 + lane; chunk < CHUNKS)
+                v[i] = K == INNER || chunk < known ? load_16(line + chunk * 8) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             if (const int chunk = start + i * 32 + lane; chunk < CHUNKS)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gptoss_compile.kernels.common import cuda_launch, number, tensor
+from gptoss_compile.kernels.common import cdiv, cuda_launch, number, tensor
 from gptoss_compile.kernels.moe import expert_bytes
 from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
 from gptoss_compile.target import Target
 
-STAGE_ROWS = 192  # of three slabs of the weights' layout
+STAGE_ROWS = 192  # of three slabs of the weights' layout; to multiples of it the layout fills columns up, too
 PARTS = 3  # warps that share a row, a third of its columns each
 
 
 def _supports(target: Target, operands: Mapping[str, Operand], hidden: int, inner: int) -> bool:
-    """MXFP4 experts whose rows and columns, in both projections, are whole stages and equal thirds."""
+    """MXFP4 experts whose rows, in both projections, are whole stages: one of gate_up's is gate and up of 96 features."""
     return (target.name == "sm90" and isinstance(operands["scales"], TensorSpec) and tensor(operands, "bias").dtype == "bf16"
-            and hidden % STAGE_ROWS == 0 and inner % STAGE_ROWS == 0)
+            and hidden % STAGE_ROWS == 0 and 2 * inner % STAGE_ROWS == 0)
 
 
 def gate_up_supports(target: Target, operands: Mapping[str, Operand]) -> bool:
@@ -48,13 +48,13 @@ def down_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch
     A cluster is 16 features of one token: two blocks with half of the experts each, three warps an expert.
     """
     (tokens, top_k, inner), push = tensor(operands, "h").shape, "residual" not in operands
-    hidden, pairs = tensor(operands, "bias").shape[1], tokens * top_k
+    hidden, pairs, columns = tensor(operands, "bias").shape[1], tokens * top_k, cdiv(inner, STAGE_ROWS) * STAGE_ROWS
     blocks = 1 if top_k % 2 else 2
     defines = {"DOWN": 1, "HIDDEN": hidden, "INNER": inner, "TOP_K": top_k, "PUSH": int(push), "TOKENS": tokens}
     args = ("h", "ids", "probs", "weight", "bias", "exchange" if push else "residual", "out0")
     return (cuda_launch("moe_pair.cu", "moe_down", defines, args,
                         grid=blocks * tokens * (hidden // 16), threads=32 * PARTS * top_k // blocks,
-                        shared=2 * top_k // blocks * inner + 128,
+                        shared=2 * top_k // blocks * columns + 128,
                         moved=tensor(operands, "h").bytes + 4 * tokens * hidden + expert_bytes(operands, pairs),
                         flops=2 * pairs * inner * hidden, promises=("HMMA",),
                         preloads=("ids", "probs", "weight", "bias", *(() if push else ("residual",)))),)
