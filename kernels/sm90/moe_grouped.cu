@@ -61,16 +61,16 @@ struct Turn {
     }
 };
 
-// Every tile begins at stage 0 of the ring and goes round as often as it needs to. In phase 1 the last round may be short: END
-// stages, and the others are left out.
+// Every tile begins at stage 0 of the ring and goes round as often as it needs to. In phase 1 the last round may be short,
+// of END stages: the others are left out.
 constexpr int UP_ROUNDS = UP_BLOCKS / STAGES, DOWN_ROUNDS = (DOWN_BLOCKS + STAGES - 1) / STAGES;
 constexpr int END = DOWN_BLOCKS % STAGES;  // 0: no round is short
 static_assert(UP_BLOCKS % STAGES == 0, "stages");
 DEVICE int rounds_of(int phase) { return phase ? DOWN_ROUNDS : UP_ROUNDS; }
 DEVICE bool is_short(int phase, int round) { return END && phase && round == DOWN_ROUNDS - 1; }
 
-// `parities`: of the next phase of the stages' barriers, a bit each, because stages that were left out lag behind. Where none
-// ever is: one bit for all.
+// `parities`: of the next phase of the stages' barriers, a bit each, because stages that were left out lag behind; one bit
+// for all where none ever is.
 DEVICE u32 parity_of(u32 parities, int stage) { return END ? parities >> stage & 1 : parities; }
 DEVICE u32 after_round(u32 parities, bool is_short) {
     return parities ^ (!END ? 1 : is_short ? (1 << END) - 1 : (1 << STAGES) - 1);

@@ -259,14 +259,14 @@ moe_down(const u16* h, const int* ids, const float* probs, const char* weight, c
     constexpr u32 UP_BF16 = 0x5F805F80;  // 2^64, twice
     const u32 third = vector + part * CHUNKS * 16;
     const u16* line = h + (long)pair * INNER + part * CHUNKS * 8;
-    const int known = INNER / 8 - part * CHUNKS;  // chunks from here to h's end: those beyond are zeros
+    const int there = INNER / 8 - part * CHUNKS;  // chunks from here to h's end: those beyond are zeros
 #pragma unroll
     for (int start = 0; start < CHUNKS; start += 128) {
         uint4 v[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             if (const int chunk = start + i * 32 + lane; chunk < CHUNKS)
-                v[i] = K == INNER || chunk < known ? load_16(line + chunk * 8) : make_uint4(0, 0, 0, 0);
+                v[i] = K == INNER || chunk < there ? load_16(line + chunk * 8) : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             if (const int chunk = start + i * 32 + lane; chunk < CHUNKS)

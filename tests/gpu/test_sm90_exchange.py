@@ -132,10 +132,11 @@ def experts(count: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor
             randn(count, rows))
 
 
+@pytest.mark.parametrize("inner", [384, 288])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 70])
-def test_partial_sums_of_experts(ranks: int, tokens: int) -> None:
+def test_partial_sums_of_experts(ranks: int, tokens: int, inner: int) -> None:
     torch.manual_seed(tokens)
-    hidden, inner, count = 576, 384, 8
+    hidden, count = 576, 8
     group, few = Group(ranks, 8 << 20), tokens <= FEW_TOKENS
     partial, given = place_partial(group, tokens, hidden), []
     for _ in range(ranks):

@@ -77,10 +77,17 @@ def test_published_sizes(published: dict[str, Tensor], tokens: int, uneven: bool
     check(call(published, choices(tokens, published["up"].shape[0], uneven=uneven)))
 
 
-@pytest.mark.parametrize(("hidden", "inner"), [(384, 384), (192, 576)])
+@pytest.mark.parametrize(("hidden", "inner"), [(384, 384), (192, 576), (192, 96), (960, 288)])
 @pytest.mark.parametrize("tokens", [1, 7, 130, 333, 3000])
 def test_other_sizes(hidden: int, inner: int, tokens: int) -> None:
     check(call(experts(16, hidden, inner), choices(tokens, 16, uneven=tokens % 2 == 0)))
+
+
+@pytest.mark.parametrize("inner", [1440, 768, 672, 384, 288, 96])
+@pytest.mark.parametrize("tokens", [5, 33, 200, 2048])
+def test_shares_of_ranks(inner: int, tokens: int) -> None:
+    """Two, four and eight ranks' of the published sizes, and the least there can be."""
+    check(call(experts(32, 2880, inner), choices(tokens, 32, uneven=tokens % 2 == 0)))
 
 
 def test_all_tokens_choose_the_same() -> None:

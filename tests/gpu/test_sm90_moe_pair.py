@@ -14,7 +14,8 @@ pytestmark = pytest.mark.gpu
 UP, DOWN = "sm90_moe_gate_up_pair", "sm90_moe_down_pair"
 ACTIVATION = {"eps": 1e-5, "alpha": 1.702, "limit": 7.0, "early": 1}
 # (hidden, inner, experts, top_k)
-SHAPES = [(2880, 2880, 128, 4), (2880, 2880, 32, 4), (384, 384, 32, 4), (192, 1344, 5, 1), (960, 576, 8, 3)]
+SHAPES = [(2880, 2880, 128, 4), (2880, 2880, 32, 4), (384, 384, 32, 4), (192, 1344, 5, 1), (960, 576, 8, 3),
+          (2880, 1440, 32, 4), (2880, 672, 8, 4), (2880, 288, 8, 4), (384, 96, 8, 4), (576, 96, 5, 1)]
 
 
 def experts(count: int, rows: int, columns: int, scales: tuple[int, int]) -> dict[str, Tensor]:
@@ -77,6 +78,17 @@ def test_extreme_activations() -> None:
     check("moe_gate_up", up | {"x": (up["x"].float() * rows[:, None]).bfloat16()}, 5e-3)
     check("moe_down", down | {"h": spread(down["h"])}, 3e-3)
     check("moe_down", down | {"h": (down["h"].float() * rows[:, None, None]).bfloat16()}, 3e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES[3:])
+def test_a_token_is_made_of_its_own_numbers(shape: tuple[int, int, int, int]) -> None:
+    """Also where down's columns are filled up: its neighbours, and whatever lies behind h, are no numbers."""
+    call = down_call(3, shape)
+    (alone,) = run_kernel("moe_down", call, DOWN)
+    tokens = torch.full((5, *call["h"].shape[1:]), torch.nan, device="cuda", dtype=torch.bfloat16)  # type: ignore[union-attr]
+    tokens[1] = call["h"][1]  # type: ignore[index]
+    (got,) = run_kernel("moe_down", call | {"h": tokens[:3]}, DOWN)
+    assert torch.equal(got[1], alone[1]) and got[0].isnan().all() and got[2].isnan().all()
 
 
 def test_equal_inputs_give_equal_bits() -> None:

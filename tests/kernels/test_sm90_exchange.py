@@ -32,9 +32,9 @@ class Share:
 
 
 def shares(ranks: int, experts: int) -> list[Share]:
-    """The largest and the smallest of gpt-oss: 2,880 features are 15 units of 192."""
-    units = (-(-15 // ranks), 15 // ranks)
-    return [Share(2880, 64 // ranks, 8 // ranks, 192 * n, experts, 201088, 201088 // ranks) for n in dict.fromkeys(units)]
+    """The largest and the smallest of gpt-oss: 2,880 features are 30 units of 96."""
+    units = (-(-30 // ranks), 30 // ranks)
+    return [Share(2880, 64 // ranks, 8 // ranks, 96 * n, experts, 201088, 201088 // ranks) for n in dict.fromkeys(units)]
 
 
 SMALL = Share(576, 4, 1, 384, 40, 1003, 501)

@@ -45,12 +45,13 @@ def test_who_runs_what() -> None:
 
 @pytest.mark.parametrize("experts", [8, 32, 128])
 @pytest.mark.parametrize("tokens", [1, 5, 33, 500, 2048, 8192])
-@pytest.mark.parametrize(("hidden", "inner"), [(2880, 2880), (384, 384), (192, 576)])
+@pytest.mark.parametrize(("hidden", "inner"), [(2880, 2880), (2880, 1440), (2880, 288), (384, 384), (192, 576), (192, 96)])
 def test_shared_memory_and_buffers_suffice(tokens: int, experts: int, hidden: int, inner: int) -> None:
     size = Sizes.of(call(tokens, experts, hidden, inner))
     picked = variant(size)
     depth = stages(SM90, size, picked)
-    assert depth > 1 and hidden // 64 % depth == 0 and inner // 64 % depth == 0
+    assert depth > 1 and hidden // 64 % depth == 0
+    assert buffers(size, picked)["h_tiles"].shape[0] * 64 in (inner, inner + 32)
     launches = chosen(call(tokens, experts, hidden, inner)).instantiate(SM90, call(tokens, experts, hidden, inner))
     shared = launches[2].source.shared if isinstance(launches[2].source, CudaSource) else 0
     assert picked.blocks * (shared + 1024) <= 228 * 1024
@@ -73,12 +74,14 @@ def checked(operands: dict[str, Any], cache: Path) -> None:
     assert check_all(pairs, SM90) == [] and [binary.spilled for _, binary in pairs] == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize(("hidden", "inner"), [(384, 384), (192, 576)])
+@pytest.mark.parametrize(("hidden", "inner"), [(384, 384), (192, 576), (576, 96), (2880, 1440), (2880, 672)])
 def test_narrow_tiles_compile(hidden: int, inner: int, tmp_path: Path) -> None:
     checked(call(32, 128, hidden, inner), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [32, 8192])
-def test_published_sizes_compile(tokens: int, tmp_path: Path) -> None:
-    checked(call(tokens, 128, 2880, 2880), tmp_path)
+@pytest.mark.parametrize("inner", [2880, 1440, 768, 672, 384, 288])
+def test_published_sizes_compile(tokens: int, inner: int, tmp_path: Path) -> None:
+    """Of one, two, four and eight ranks."""
+    checked(call(tokens, 128, 2880, inner), tmp_path)

@@ -50,14 +50,15 @@ def test_shares_are_whole_units_and_even_to_one() -> None:
         assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 1
 
 
-@pytest.mark.parametrize(("ranks", "blocks", "slabs"), [
-    (2, [45, 45], [8, 7]), (4, [23, 22, 23, 22], [4, 4, 4, 3]), (8, [12, 11, 11, 11, 12, 11, 11, 11], [2] * 7 + [1])])
-def test_the_published_models_are_cut(ranks: int, blocks: list[int], slabs: list[int]) -> None:
+@pytest.mark.parametrize(("ranks", "blocks", "stages"), [
+    (2, [45, 45], [15, 15]), (4, [23, 22, 23, 22], [8, 7, 8, 7]),
+    (8, [12, 11, 11, 11, 12, 11, 11, 11], [4, 4, 4, 3, 4, 4, 4, 3])])
+def test_the_published_models_are_cut(ranks: int, blocks: list[int], stages: list[int]) -> None:
     for name in ("20b", "120b"):
         config = published(name)
         own = [rank_config(config, rank, ranks, CPU) for rank in range(ranks)]
         assert [c.intermediate // 32 for c in own] == blocks
-        assert [rank_config(config, rank, ranks, SM90).intermediate for rank in range(ranks)] == [192 * n for n in slabs]
+        assert [rank_config(config, rank, ranks, SM90).intermediate for rank in range(ranks)] == [96 * n for n in stages]
         assert {(c.num_heads, c.num_kv_heads) for c in own} == {(64 // ranks, 8 // ranks)}
 
 
@@ -88,8 +89,8 @@ def test_every_number_of_a_weight_belongs_to_one_rank_or_to_all(ranks: int, expe
     ({"intermediate": 96}, 4, "the model has 3 MXFP4 blocks of intermediate features"),
     ({"intermediate": 3, "expert_format": "bf16"}, 4, "the model has 3 intermediate features"),
     ({"vocab_size": 7}, 8, "the model has 7 rows of lm_head"),
-    ({"intermediate": 576, "target": SM90}, 4, "the model has 3 slabs of 192 intermediate features, .* at most 3"),
-    ({"intermediate": 2912, "target": SM90}, 2, "for sm90 MXFP4 experts are shared in 192 features at a time, of which the "
+    ({"intermediate": 288, "target": SM90}, 4, "the model has 3 groups of 96 intermediate features, .* at most 3"),
+    ({"intermediate": 2912, "target": SM90}, 2, "for sm90 MXFP4 experts are shared in 96 features at a time, of which the "
                                                 "model's 2912 are no multiple; compile with --tp 1, or for the cpu target")])
 def test_models_that_cannot_be_cut(changes: dict[str, Any], ranks: int, message: str) -> None:
     target = changes.get("target", CPU)

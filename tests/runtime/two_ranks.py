@@ -15,7 +15,7 @@ from gptoss_compile.target import Target
 FEW, MANY, PROMPT = Bucket.decode(3), Bucket.extend(24, 8), Bucket.extend(96, 2, 2)  # slots, one-shot and two-shot sums
 TWO = Bucket.decode(2)  # collected by the kernels that need the sums
 CONFIG = ModelConfig(  # heads and experts' features are shared 2 : 1
-    num_layers=2, hidden=192, intermediate=576, num_heads=12, num_kv_heads=3, head_dim=16, num_experts=32,
+    num_layers=2, hidden=192, intermediate=288, num_heads=12, num_kv_heads=3, head_dim=16, num_experts=32,
     experts_per_token=2, vocab_size=1040, sliding_window=16, windowed=(True, False), max_position=128,
     rope_original_context=32, eos_ids=(0,))
 
