@@ -69,12 +69,10 @@ static_assert(UP_BLOCKS % STAGES == 0, "stages");
 DEVICE int rounds_of(int phase) { return phase ? DOWN_ROUNDS : UP_ROUNDS; }
 DEVICE bool is_short(int phase, int round) { return END && phase && round == DOWN_ROUNDS - 1; }
 
-// `parities`: of the next phase of the stages' barriers, a bit each, because stages that were left out lag behind; one bit
-// for all where none ever is.
-DEVICE u32 parity_of(u32 parities, int stage) { return END ? parities >> stage & 1 : parities; }
-DEVICE u32 after_round(u32 parities, bool is_short) {
-    return parities ^ (!END ? 1 : is_short ? (1 << END) - 1 : (1 << STAGES) - 1);
-}
+// `parities`: of the next phases of the stages' barriers. Bit 0: of the first END stages, or of all; bit 1: of the others,
+// which lag behind by the short rounds.
+DEVICE u32 parity_of(u32 parities, int stage) { return !END ? parities : stage < END ? parities & 1 : parities >> 1; }
+DEVICE u32 after_round(u32 parities, bool is_short) { return parities ^ (!END || is_short ? 1 : 3); }
 
 // ---- decoding -----------------------------------------------------------------------------------
 
