@@ -26,8 +26,8 @@ CASES = {  # what each has that the others have not
     "bf16": replace(PLAIN, hidden=120, intermediate=72, num_heads=4, num_kv_heads=1, head_dim=32, num_experts=5,
                     experts_per_token=2, expert_format="bf16"),  # experts unpacked, sizes no multiple of 32
     "heads": replace(PLAIN, num_heads=64, num_kv_heads=8, num_experts=32, sliding_window=128, max_position=192),  # gpt-oss's
-    "wide": replace(PLAIN, hidden=576, intermediate=384, num_heads=64, num_kv_heads=8, num_experts=32, vocab_size=1000,
-                    sliding_window=128, max_position=1024),  # sizes that the kernels written for one target take
+    "wide": replace(PLAIN, hidden=576, intermediate=480, num_heads=64, num_kv_heads=8, num_experts=32, vocab_size=1000,
+                    sliding_window=128, max_position=1024),  # sizes that one target's own kernels take, and fill up
 }
 BUCKETS = (Bucket.decode(1), Bucket.decode(3), Bucket.decode(8), Bucket.decode(20), Bucket.extend(48, 3, 8),
            Bucket.extend(160, 2, 4))
