@@ -1,13 +1,16 @@
 """What of a rank's step lies in memory that its peers touch, and where: the same place on every rank, as peers find a thing
 in each other's memory by where it is in their own.
 
-    header | flags of every exchange | slots of every sum | what is pulled, or written by peers
+    header | flags of every exchange | slots of every sum | what is pulled, or written by peers: shares, the residual stream
 
 The first three are where they are whatever the bucket, since they outlive a step: flags and slots hold the number of the
 step that they are of, and what another bucket left there must not look like one. See `kernels.exchange`.
 
-Behind them, a buffer may lie where another of the step lay if peers are known to have left that one: behind a two-shot sum,
-from which no rank goes on before all have read the partials and written the rows that are theirs to read and to write.
+Behind them, a buffer may lie where another of the step lay if all ranks are known to have left that one. A two-shot sum is
+what tells: from it, as from the end of a step, no rank goes on before all have read and written there what is theirs to read
+and to write. So a rank may be ahead of another by the kernels up to the next exchange, no more. What peers write in an
+exchange, when all have come to it, lives from that step on. What they write ahead of it, shares, lives from behind the
+exchange before: nothing that is used later than that, by whoever is slowest, may be there.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from gptoss_compile.trace import DTYPE_NAMES
 
 Buffer = tuple[fx.Node, int]  # a call and which of its outputs
 HEADER = Operand("exchange", 0, "u8", (HEADER_BYTES,))
+PLACES = ("exchange", "slots", "shares")
 RESERVED = ("exchange", "flags")  # what launches call the header, and the flags of their step
 
 
@@ -55,8 +59,10 @@ def lay_out(nodes: Sequence[fx.Node], lives: Mapping[Buffer, Lifetime], sources:
              for i, node in enumerate(sources)}
     places: dict[Buffer, Operand] = {}
     shared: dict[Buffer, Lifetime] = {}
+    pushed: set[Buffer] = set()
     whole_step = (0, len(nodes))
-    for node, source in sources.items():
+    behind = 0  # the first step behind the exchange before
+    for number, (node, source) in zip(map(nodes.index, sources), sources.items(), strict=True):
         value = _value(source)
         tokens, width = value.shape
         if OPS[op_name(node)].exchange == "concat":  # ranks may hold unequal shares, but not at unequal places
@@ -65,15 +71,20 @@ def lay_out(nodes: Sequence[fx.Node], lives: Mapping[Buffer, Lifetime], sources:
             continue
         if tokens <= FEW_TOKENS:
             places[source] = _operand("slots", slots_at, value)
-        else:
-            shared[source] = lives[source] if two_shot(node) else Lifetime(lives[source].size, *whole_step)
+        elif tokens <= ONE_SHOT_TOKENS:
+            shared[source] = Lifetime(lives[source].size, *whole_step)
+        else:  # the head's sum, behind which nobody waits, is read until the step ends
+            pushed.add(source)
+            size = ranks * -(-tokens // ranks) * width * value.element_size()
+            shared[source] = Lifetime(size, behind, number if two_shot(node) else len(nodes))
+        behind = number + 1
         slots_at += align(ranks * FEW_TOKENS * width * 8)
         if two_shot(node):  # the residual stream, whose rows come from all ranks
             shared[node, 0] = lives[node, 0]
     offsets, size = assign(list(shared.values()))
     frees: dict[int, tuple[tuple[int, int], ...]] = {}
     for (buffer, life), offset in zip(shared.items(), offsets, strict=True):
-        places[buffer] = _operand("exchange", slots_at + offset, _value(buffer))
+        places[buffer] = _operand("shares" if buffer in pushed else "exchange", slots_at + offset, _value(buffer))
         frees[life.last] = (*frees.get(life.last, ()), (slots_at + offset, slots_at + offset + align(life.size)))
     return ExchangeArea(places, flags, frees, slots_at + size)
 
@@ -88,7 +99,7 @@ def check_equal(plans: Sequence[LaunchPlan]) -> None:
     for plan in plans[1:]:
         for number, (step, first) in enumerate(zip(plan.steps, plans[0].steps, strict=True)):
             for index, (out, wanted) in enumerate(zip(step.outputs, first.outputs, strict=True)):
-                mine, same = ((o.place, o.key) if o.place in ("exchange", "slots") else "elsewhere" for o in (out, wanted))
+                mine, same = ((o.place, o.key) if o.place in PLACES else "elsewhere" for o in (out, wanted))
                 assert mine == same, (f"{plan.bucket}: output {index} of step {number} ({step.op}) is at {mine} on rank "
                                       f"{plan.rank} and at {same} on rank {plans[0].rank}")
         assert plan.exchange_bytes == plans[0].exchange_bytes, f"{plan.bucket}: exchange areas of unequal sizes"

@@ -24,7 +24,7 @@ from gptoss_compile.trace import DTYPES
 Tensors = Mapping[str, Tensor]
 Watch = Callable[[int, Step, list[Tensor]], None]
 RankWatch = Callable[[int, int, Step, list[Tensor]], None]
-MEMORY = ("arena", "exchange", "slots")  # places of intermediates
+MEMORY = ("arena", "exchange", "slots", "shares")  # places of intermediates
 
 
 def run_graph(graph: fx.Graph, tensors: Tensors) -> tuple[Tensor, ...]:
@@ -72,7 +72,7 @@ class PlanInterpreter:
         self.exchange = torch.full((plan.exchange_bytes,), 0xFF, dtype=torch.uint8)
 
     def view(self, operand: Operand) -> Tensor:
-        """The tensor at an operand's place. Of slots, whose other ranks' values nobody reads here, the first bytes."""
+        """The tensor at an operand's place. Of slots and shares, of which each rank has its own here, the first bytes."""
         if operand.place not in MEMORY:
             return self.tensors[str(operand.key)]
         memory = self.arena if operand.place == "arena" else self.exchange

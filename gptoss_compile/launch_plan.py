@@ -78,7 +78,7 @@ class Layout:
         return experts * (rows // 64) * (-(-blocks // 6) * 3) * 2176
 
 
-Place = Literal["arena", "workspace", "exchange", "slots", "input", "weight", "cache", "state"]
+Place = Literal["arena", "workspace", "exchange", "slots", "shares", "input", "weight", "cache", "state"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ class Operand:
     is what one step leaves to the next, whatever its bucket; it has as many rows as the largest bucket.
 
     The exchange area is what the other ranks' kernels read and write; it starts as zeros. In place "slots" it holds fp32
-    values, one tensor a rank behind another, each value as 8 bytes: itself and the step that it is of.
+    values, one tensor a rank behind another, each value as 8 bytes: itself and the step that it is of. In place "shares" row t
+    of a rank's tensor is on rank t % ranks alone, as row t // ranks of the rank's part of the place; parts, one a rank behind
+    another, have ceil(rows / ranks) rows.
     """
 
     place: Place

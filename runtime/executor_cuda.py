@@ -230,7 +230,7 @@ class CudaExecutor:
         return self.ranks[rank].read(bucket, operand)
 
     def write(self, bucket: Bucket, operand: Operand, values: Array, rank: int = 0) -> None:
-        """Put values where an operand lives; a partial sum that goes to all ranks value by value, to all of them."""
+        """Put values where an operand lives; what a rank puts into others' memory, there."""
         self.ranks[rank].write(bucket, operand, values)
 
     def workspace(self, rank: int = 0) -> Bytes:

@@ -117,7 +117,7 @@ class Rank:
             return self._arena + int(operand.key)
         if operand.place == "workspace":
             return self._workspace + int(operand.key)
-        if operand.place in ("exchange", "slots"):
+        if operand.place in ("exchange", "slots", "shares"):
             return self.areas[self.number] + int(operand.key)
         if operand.place == "input":
             return self.inputs[bucket][str(operand.key)]
@@ -149,6 +149,12 @@ class Rank:
         operand = self.true_shape(operand)
         if operand.place == "slots":
             return self._pairs(operand)[:, 0].copy().view(np.float32).reshape(operand.shape)
+        if operand.place == "shares":
+            found = np.empty(operand.shape, NUMPY[operand.dtype])
+            for rank in range(len(self.areas)):
+                part = found[rank :: len(self.areas)]
+                part[...] = self._download(self._own_share(operand, rank), part.nbytes).view(found.dtype).reshape(part.shape)
+            return found
         raw = self._download(self.address(bucket, operand), operand.bytes)
         return raw.view(NUMPY[operand.dtype]).reshape(operand.shape)
 
@@ -156,6 +162,11 @@ class Rank:
         """See `CudaExecutor.write`."""
         operand = self.true_shape(operand)
         assert (values.shape, values.dtype) == (operand.shape, NUMPY[operand.dtype]), (operand, values.shape)
+        if operand.place == "shares":
+            for rank in range(len(self.areas)):
+                part = np.ascontiguousarray(values[rank :: len(self.areas)])
+                self.upload(self._own_share(operand, rank), part.reshape(-1).view(np.uint8))
+            return
         values = np.ascontiguousarray(values).reshape(-1)
         if operand.place != "slots":
             self.upload(self.address(bucket, operand), values.view(np.uint8))
@@ -186,6 +197,11 @@ class Rank:
     def _own_slots(self, operand: Operand) -> int:
         """Where in every rank's area this rank's values of a partial sum are."""
         return int(operand.key) + 2 * operand.bytes * self.number
+
+    def _own_share(self, operand: Operand, rank: int) -> int:
+        """Where in `rank`'s area those rows of this rank's partial sum are that the other one adds."""
+        rows, ranks = operand.shape[0], len(self.areas)
+        return self.areas[rank] + int(operand.key) + -(-rows // ranks) * self.number * (operand.bytes // rows)
 
     def _download(self, address: int, size: int) -> Bytes:
         self.device.use()

@@ -163,6 +163,11 @@ DEVICE u32 transpose_8x8(u32 row) {
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(row));
     return r;
 }
+// The transposes of two such matrices go to shared memory: lane 8m + r < 16 says where the 16 bytes of column r of matrix m do.
+DEVICE void store_transposed(u32 address, u32 first, u32 second) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second)
+                 : "memory");
+}
 
 // ---- clusters -------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
 // Two ways. Few tokens: producers *push* every value, with a tag that names the step, as one 8-byte store into slots on
 // every rank, and consumers poll their own slots until the tags are there. Value and tag cannot come apart, so nothing needs
 // an order. Many: producers store plainly, and the next kernel *announces* with a flag on every rank that it may be read.
+// If rows are so many that ranks share the work of adding them, producers store each row on the rank whose share it is in.
 //
 // No wait for a rank can lock up. A kernel waits behind wait_for_previous() only, when all its rank's kernels before it have
 // ended; and what it waits for comes from its peers' kernels before, or from the first block of their same kernel.
@@ -183,6 +184,33 @@ DEVICE void collect(const u64* slots, int items, const u16* residual, int begin,
             if (exists(i))
                 put(start + i * STRIDE, pack_bf16(low_bf16(own[i]) + sum[i].x, high_bf16(own[i]) + sum[i].y));
     }
+}
+
+// ---- shares ---------------------------------------------------------------------------------------
+
+// Row t of a partial sum of `rows` is in the share of rank t % ranks, as its row t / ranks: the producer of whatever rows has
+// some for each rank all the time, so that no link is idle. In the rank's area the shares of all ranks' partial sums lie by
+// rank, each in room for the largest share: [ranks][most][columns].
+struct Shares {
+    u32 ranks, most, inverse;  // 2^24 / ranks, so that there is no division
+    DEVICE Shares(u32 ranks, u32 rows)
+        : ranks(ranks), most((rows + ranks - 1) / ranks), inverse((1u << 24) / ranks + 1) {}
+    // The rows of a rank's share
+    DEVICE u32 count(u32 rank, u32 rows) const { return (rows + ranks - 1 - rank) / ranks; }
+    // Where `row` of rank `source`'s partial sum lies, in the area of the rank whose share it is in. Exact for rows < 2^21.
+    DEVICE u16* place(const Ranks& all, u16* partial, u32 source, u32 row, u32 columns) const {
+        const u32 at = (u32)((u64)row * inverse >> 24), owner = row - at * ranks;
+        return all.at(owner, partial) + (u64)(source * most + at) * columns;
+    }
+};
+
+// What the block pushed is on its way no more, but where it belongs, before the kernel ends. The end of a kernel makes what
+// it stored visible to this rank's next kernel, whose announcement makes visible to the peers what it has seen; but that has
+// not looked at memory of other GPUs, and nothing promises that stores to these are there because stores to this one are.
+// Thread 0's fence covers what the block's threads did before the barrier.
+DEVICE void finish_pushes() {
+    __syncthreads();
+    if (threadIdx.x == 0) fence_system();
 }
 
 // ---- flags ----------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The kernels of several ranks on Hopper: their one-rank namesakes' with an exchange in front or behind.
 
 Up to FEW_TOKENS tokens values are pushed into slots: producers are variants of gemv.cu and moe_pair.cu, consumers of gemv.cu
-and route_few.cu, or exchange_slots.cu comes first. Above, producers store as ever, and exchange_rows.cu comes before the
-launches of the consumer's namesake. See exchange.cuh for the exchange itself.
+and route_few.cu, or exchange_slots.cu comes first. Above, exchange_rows.cu comes before the launches of the consumer's
+namesake, and producers store as ever; but above ONE_SHOT_TOKENS each row on the rank whose share it is in. See exchange.cuh
+for the exchange itself.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ IN_FLIGHT = 8  # loads of 16 bytes of a thread of exchange_rows.cu
 def linear_partial_launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
     x, features = tensor(operands, "x"), tensor(operands, "weight").shape[0]
     if x.shape[0] > FEW_TOKENS:
-        return linear.launches(target, operands)
+        return linear.launches(target, operands, push=x.shape[0] > ONE_SHOT_TOKENS)
     return (gemv.gemv_launch(target, operands, TensorSpec((x.shape[0], features), "fp32"), push=True),)
 
 
@@ -42,7 +43,8 @@ def moe_grouped_partial_supports(target: Target, operands: Mapping[str, Operand]
 
 
 def moe_grouped_partial_launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    return moe_grouped.launches(target, operands, residual=False)
+    push = tensor(operands, "x").shape[0] > ONE_SHOT_TOKENS
+    return moe_grouped.launches(target, operands, residual=False, push=push)
 
 
 # ---- consumers --------------------------------------------------------------------------------------
@@ -77,7 +79,7 @@ def sum_launch(target: Target, operands: Mapping[str, Operand], *, into: str = "
     """residual + the sum of the ranks' partial sums, or its `rows` if there are any, goes to the output or common buffer.
 
     share: the buffer is in the exchange area if there are more than ONE_SHOT_TOKENS tokens, so that each rank sums up its
-    rows and gives them to all. Else each sums up all.
+    share of the rows and gives them to all. Else each sums up all.
     """
     residual, partial, rows = tensor(operands, "residual"), tensor(operands, "partial"), operands.get("rows")
     tokens, columns = residual.shape
@@ -92,9 +94,10 @@ def sum_launch(target: Target, operands: Mapping[str, Operand], *, into: str = "
                            {**defines, "SLOT_ROWS": tokens, "THREADS": SLOT_THREADS}, (*args, into), common=common,
                            grid=cdiv(out.bytes // 4, SLOT_THREADS), threads=SLOT_THREADS,
                            moved=2 * out.bytes + 2 * partial.bytes)
-    share, chunks = share and tokens > ONE_SHOT_TOKENS, out.bytes // 16
+    pushed, chunks = tokens > ONE_SHOT_TOKENS, out.bytes // 16
+    share &= pushed
     each = 4 if chunks > BLOCKS * target.processors * ROW_THREADS else 1
-    defines |= {"SHARE": int(share), "CHUNKS": each, "TOGETHER": IN_FLIGHT // each, "THREADS": ROW_THREADS,
+    defines |= {"TOKENS": tokens, "PUSHED": int(pushed), "SHARE": int(share), "CHUNKS": each, "TOGETHER": IN_FLIGHT // each, "THREADS": ROW_THREADS,
                 "MIN_BLOCKS": BLOCKS}
     counter = (TensorSpec((1,), "i32"),) if share else ()
     args += ["flags", *(["scratch0"] if share else []), into]

@@ -5,7 +5,12 @@
 // producers: three stream weights, a slab of 64 rows x 64 columns a copy, one streams tokens. Each of the two has its own
 // ring, for the weights need not wait for the kernel before this one and fill theirs ahead.
 // SPLIT > 1: the blocks of a cluster share K. Each then sums up its part of the tokens, in the order of the blocks.
+// PUSH: each token's row goes to the rank whose share it is in. Stores to other GPUs take long and come all at once, at the
+// end of a tile; so consumers leave the tile in shared memory, whence a warp stores it while they multiply the next one.
 #include "wgmma.cuh"
+#if PUSH
+#include "exchange.cuh"
+#endif
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -13,7 +18,7 @@ constexpr int least(int a, int b) { return a < b ? a : b; }
 constexpr int STEPS = INNER / 64, SLAB_ROWS = ceil_div(FEATURES, 64), ROW_TILES = ceil_div(SLAB_ROWS, SLABS);
 constexpr int TOKEN_TILES = ceil_div(TOKENS, WIDTH), ITEMS = ROW_TILES * TOKEN_TILES;
 constexpr int BAND = 8;  // tiles of tokens that are taken through all rows together, so that they stay in the L2
-constexpr int CONSUMERS = SLABS * 128, PRODUCERS = 3, OCTETS = WIDTH / 8, ATOMS = ceil_div(TOKENS, 8);
+constexpr int CONSUMERS = SLABS * 128, PRODUCERS = PUSH ? 2 : 3, OCTETS = WIDTH / 8, ATOMS = ceil_div(TOKENS, 8);
 constexpr int BATCH = SLABS < 3 && WIDTH > 128 ? 16 : 8;  // octets whose residuals are loaded at a time
 // A tile with all tokens is as wide as they are, so that the steps lie in memory one behind the other and TOKEN_STEPS of
 // them are one copy. wgmma may then read beyond them, the weights at the end, for columns that nobody stores.
@@ -22,8 +27,11 @@ constexpr u32 TOKEN_BYTES = TOKEN_STEPS * STEP_BYTES;
 // Sums that other blocks of a SPLIT send: an octet of tokens is 16 bytes a consumer; octet j belongs to block j % SPLIT.
 constexpr u32 OCTET_BYTES = CONSUMERS * 16, PART_BYTES = ceil_div(OCTETS, SPLIT) * OCTET_BYTES;
 constexpr u32 WEIGHTS_AT = TOKEN_STAGES * TOKEN_BYTES, PARTS_AT = WEIGHTS_AT + WEIGHT_STAGES * WEIGHT_BYTES;
-constexpr u32 BARRIERS_AT = PARTS_AT + (SPLIT - 1) * PART_BYTES;
-static_assert(SHARED == BARRIERS_AT + (2 * WEIGHT_STAGES + 2 * TOKEN_STAGES + 1) * 8, "kernels/sm90/gemm.py disagrees");
+// A finished tile, of each slab [WIDTH tokens][64 rows], a token's 16-byte chunk c at place c ^ token % 8; and the header.
+constexpr u32 TILE_AT = PARTS_AT + (SPLIT - 1) * PART_BYTES, TILE_BYTES = PUSH ? SLABS * WIDTH * 128 : 0;
+constexpr u32 HEADER_AT = TILE_AT + TILE_BYTES, BARRIERS_AT = HEADER_AT + (PUSH ? 96 : 0);
+static_assert(SHARED == BARRIERS_AT + (2 * WEIGHT_STAGES + 2 * TOKEN_STAGES + 3) * 8, "kernels/sm90/gemm.py disagrees");
+static_assert(!PUSH || (!FP32 && !RESIDUAL && TOKENS < 1 << 21), "");
 static_assert(INNER % 64 == 0 && FEATURES % 8 == 0 && WIDTH % 16 == 0 && (TOKEN_STEPS == 1 || TOKEN_TILES == 1), "");
 static_assert(SLABS == 2 || SLABS == 3, "the numbers of registers suit these");
 static_assert(SPLIT == 1 || ITEMS * SPLIT == GRID, "the parts' barrier serves one item");
@@ -62,7 +70,7 @@ struct Item {
     }
 };
 
-// Every third copy, for a copy costs a thread more time than its bytes may take.
+// Every PRODUCERS-th copy, for a copy costs a thread more time than its bytes may take.
 DEVICE void produce_weights(const char* weight, WeightRing ring, int producer, int cluster, int rank) {
     int turn = 0;
     for (int i = cluster; i < ITEMS; i += GRID / SPLIT) {
@@ -246,9 +254,57 @@ DEVICE void store(const float (&d)[WIDTH / 2], uint2 (&added)[BATCH], float bias
     }
 }
 
-DEVICE void consume(WeightRing weights, TokenRing tokens, u32 parts, u32 parts_full, int cluster, int rank, const u16* bias,
-                    const u16* residual, Out* out) {
+// A finished tile in shared memory.
+struct Tile {
+    u32 data, full;
+    DEVICE u32 empty() const { return full + 8; }
+    DEVICE u32 slab(int i) const { return data + i * (WIDTH * 128); }
+};
+
+#if PUSH
+// Leaves the octets of this block in the tile.
+DEVICE void leave(const float (&d)[WIDTH / 2], float bias_low, float bias_high, u32 slab, int rank) {
+    const int token = threadIdx.x % 8, chunk = threadIdx.x / 32 % 4 * 2 + threadIdx.x / 8 % 2;
+    const u32 to = slab + token * 128 + (chunk ^ token) * 16;
+#pragma unroll
+    for (int j = 0; j < OCTETS; ++j)
+        if (SPLIT == 1 || j % SPLIT == rank)
+            store_transposed(to + j * 1024, pack_bf16(d[4 * j] + bias_low, d[4 * j + 1] + bias_low),
+                             pack_bf16(d[4 * j + 2] + bias_high, d[4 * j + 3] + bias_high));
+}
+
+// One warp stores the tiles, where each token's row belongs: eight lanes the 128 bytes of a token in a slab.
+DEVICE void push_tiles(Tile tile, const Ranks& ranks, u16* out, int cluster, int rank) {
+    const Shares shares(ranks.count(), TOKENS);
+    const int lane = threadIdx.x % 32, chunk = lane % 8;
+    u32 phase = 0;
+    for (int i = cluster; i < ITEMS; i += GRID / SPLIT, phase ^= 1) {
+        const Item item(i, rank);
+        const int row = item.row * SLABS * 64 + chunk * 8;
+        barrier_wait(tile.full, phase);
+#pragma unroll 2
+        for (int token = lane / 8; token < WIDTH; token += 4) {
+            if ((SPLIT > 1 && token / 8 % SPLIT != rank) || item.start + token >= TOKENS) continue;
+            u16* to = shares.place(ranks, out, ranks.own(), item.start + token, FEATURES) + row;
+            uint4 v[SLABS];
+#pragma unroll
+            for (int slab = 0; slab < SLABS; ++slab)
+                v[slab] = load_shared_16(tile.slab(slab) + token * 128 + (chunk ^ token % 8) * 16);
+#pragma unroll
+            for (int slab = 0; slab < SLABS; ++slab)
+                if (row + slab * 64 < FEATURES) store_16(to + slab * 64, v[slab]);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(tile.empty());
+    }
+    fence_system();  // see finish_pushes()
+}
+#endif
+
+DEVICE void consume(WeightRing weights, TokenRing tokens, u32 parts, u32 parts_full, Tile tile, int cluster, int rank,
+                    const u16* bias, const u16* residual, Out* out) {
     const int warp = threadIdx.x / 32, slab = warp / 4, g = threadIdx.x % 32 / 4;
+    u32 phase = 1;  // of the tile: it begins empty
     for (int i = cluster; i < ITEMS; i += GRID / SPLIT) {
         const Item item(i, rank);
         const Place place{(item.row * SLABS + slab) * 64 + warp % 4 * 16, item.start, rank};
@@ -264,7 +320,15 @@ DEVICE void consume(WeightRing weights, TokenRing tokens, u32 parts, u32 parts_f
         wgmma_wait<0>();
         used.release();
         if constexpr (SPLIT > 1) exchange(d, parts, parts_full, rank);
+#if PUSH
+        barrier_wait(tile.empty(), phase);
+        phase ^= 1;
+        leave(d, bias_low, bias_high, tile.slab(slab), rank);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(tile.full);
+#else
         store(d, added, bias_low, bias_high, place, residual, out);
+#endif
     }
 }
 
@@ -281,6 +345,9 @@ extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(CONSUMERS + 128, 1) g
 #if RESIDUAL
                                                                                     const u16* residual,
 #endif
+#if PUSH
+                                                                                    const Header* header,
+#endif
                                                                                     Out* out) {
 #if !BIAS
     const u16* bias = nullptr;
@@ -295,6 +362,12 @@ extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(CONSUMERS + 128, 1) g
     const WeightRing weights{base + WEIGHTS_AT, WEIGHT_BYTES, barriers};
     const TokenRing tokens{base, TOKEN_BYTES, barriers + 2 * WEIGHT_STAGES * 8};
     const u32 parts_full = barriers + (2 * WEIGHT_STAGES + 2 * TOKEN_STAGES) * 8;
+    const Tile tile{base + TILE_AT, parts_full + 8};
+#if PUSH
+    Header& known = *(Header*)(memory + HEADER_AT);
+    copy_header(known, header);
+    wait_for_copies();
+#endif
     if (threadIdx.x == 0) {
         for (int i = 0; i < WEIGHT_STAGES; ++i) {
             barrier_init(barriers + i * 8, SLABS);
@@ -305,17 +378,27 @@ extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(CONSUMERS + 128, 1) g
             barrier_init(tokens.barriers + (TOKEN_STAGES + i) * 8, SLABS * 4);
         }
         barrier_init(parts_full, 1);
+        barrier_init(tile.full, SLABS * 4);
+        barrier_init(tile.empty(), 1);
         fence_barrier_init();
         barrier_expect(parts_full, (SPLIT - 1) * ((OCTETS - rank + SPLIT - 1) / SPLIT) * OCTET_BYTES);
     }
     __syncthreads();
     if constexpr (SPLIT > 1) cluster_arrive_relaxed();
     if (warp < 0) {
-        if constexpr (WIDTH > 128) take_registers<SLABS == 3 ? 160 : 240>();  // more than so many threads get at the start
+        // More than so many threads get at the start, from what the others need not
+        if constexpr (WIDTH > 128) take_registers<(SLABS == 3 ? 160 : 240) - PUSH * 8>();
         wait_for_previous();  // for what is stored, and the residual
-        consume(weights, tokens, base + PARTS_AT, parts_full, cluster, rank, bias, residual, out);
+        consume(weights, tokens, base + PARTS_AT, parts_full, tile, cluster, rank, bias, residual, out);
     } else {
-        if constexpr (WIDTH > 128) keep_registers<SLABS == 3 ? 32 : 24>();
+        if constexpr (WIDTH > 128) keep_registers<SLABS == 3 ? 32 + PUSH * 24 : 24 + PUSH * 16>();
+#if PUSH
+        if (warp == 3) {
+            wait_for_previous();
+            push_tiles(tile, Ranks{header, known}, out, cluster, rank);
+            return;
+        }
+#endif
         if (threadIdx.x % 32) return;
         if (warp == PRODUCERS) {
             wait_for_previous();

@@ -19,6 +19,7 @@ AHEAD_BYTES = 57344  # of tokens requested at a time, if their steps are few
 # A model of an H100's time, in clocks, from measurements of gemm.cu
 LOAD_RATE = 56  # bytes a clock into one SM
 MEMORY_RATE = 1800  # bytes a clock from device memory into all
+HEADER_BYTES = 96  # what gemm.cu copies of an exchange area's header
 EXCHANGE_RATE = 12  # bytes a clock from the other blocks of a cluster
 EXCHANGE_CYCLES = 1500
 STORE_CYCLES = 2000  # a tile's start and end, besides 4 a token
@@ -61,6 +62,11 @@ class Shape:
         """What a block receives from the others of its cluster."""
         return (self.split - 1) * cdiv(self.width // 8, self.split) * self.slabs * 128 * 16
 
+    @property
+    def tile_bytes(self) -> int:
+        """What holds a finished tile."""
+        return 0
+
     def clusters(self, target: Target) -> int:
         """How many clusters run at a time. The SMs come in groups of 16 or 18 that no cluster crosses."""
         return target.processors // self.split if self.split <= 2 else target.processors // 16 * (16 // self.split)
@@ -72,7 +78,7 @@ class Shape:
         when the kernel before has ended; all the rest goes to the weights, which come ahead.
         """
         weight, token = self.slabs * SLAB_BYTES, self.token_steps * self.step_bytes
-        room = target.shared_bytes - BARRIER_BYTES - self.parts_bytes
+        room = target.shared_bytes - BARRIER_BYTES - self.parts_bytes - self.tile_bytes
         fair = room // (weight + token)
         tokens = min(cdiv(self.steps, self.token_steps), max(min(fair, 4), AHEAD_BYTES // token))
         return min((room - tokens * token) // weight, self.steps), tokens
@@ -90,7 +96,16 @@ class Shape:
         return hypot(cdiv(self.items, self.clusters(target)) * item, weights) + exchange
 
 
-def shapes(target: Target, tokens: int, features: int, inner: int) -> Iterator[Shape]:
+@dataclass(frozen=True)
+class PushShape(Shape):
+    """Of a product that goes to other GPUs, through shared memory."""
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.slabs * self.width * 128 + HEADER_BYTES
+
+
+def shapes(target: Target, tokens: int, features: int, inner: int, kind: type[Shape] = Shape) -> Iterator[Shape]:
     """All shapes that fit.
 
     Up to 128 tokens are one tile, so that the weights are read once. A cluster that splits K takes one item only; its
@@ -101,7 +116,7 @@ def shapes(target: Target, tokens: int, features: int, inner: int) -> Iterator[S
     for slabs, widest, splits in ((2, 256, (1, 2, 4, 8)), (3, 192, (1,))):
         for width in range(padded if tokens <= 128 else 64, min(padded, widest) + 1, 16):
             for split in splits:
-                shape = Shape(tokens, features, inner, slabs, width, split)
+                shape = kind(tokens, features, inner, slabs, width, split)
                 weights, copies = shape.stages(target)
                 fits = weights >= min(3, shape.steps) and copies >= min(3, cdiv(shape.steps, shape.token_steps))
                 once = split == 1 or (shape.items <= shape.clusters(target) and split <= inner // 64)
@@ -109,13 +124,13 @@ def shapes(target: Target, tokens: int, features: int, inner: int) -> Iterator[S
                     yield shape
 
 
-def best_shape(target: Target, tokens: int, features: int, inner: int) -> Shape:
-    return min(shapes(target, tokens, features, inner), key=lambda shape: shape.cycles(target))
+def best_shape(target: Target, tokens: int, features: int, inner: int, kind: type[Shape] = Shape) -> Shape:
+    return min(shapes(target, tokens, features, inner, kind), key=lambda shape: shape.cycles(target))
 
 
-def near_shapes(target: Target, tokens: int, features: int, inner: int) -> Iterator[Shape]:
+def near_shapes(target: Target, tokens: int, features: int, inner: int, kind: type[Shape] = Shape) -> Iterator[Shape]:
     """Those worth measuring: the best by the model."""
-    return iter(sorted(shapes(target, tokens, features, inner), key=lambda shape: shape.cycles(target))[:NEAR])
+    return iter(sorted(shapes(target, tokens, features, inner, kind), key=lambda shape: shape.cycles(target))[:NEAR])
 
 
 def gemm_supports(target: Target, operands: Mapping[str, Operand]) -> bool:
@@ -127,8 +142,10 @@ def gemm_supports(target: Target, operands: Mapping[str, Operand]) -> bool:
     return kinds == {"bf16"} and weight.shape[0] % 8 == 0 and weight.shape[1] % 64 == 0
 
 
-def gemm_launches(target: Target, operands: Mapping[str, Operand], out: TensorSpec) -> tuple[Launch, ...]:
-    """`out` [T, N] of norm_linear, linear_residual or norm_head, by the operands that there are."""
+def gemm_launches(target: Target, operands: Mapping[str, Operand], out: TensorSpec, *,
+                  push: bool = False) -> tuple[Launch, ...]:
+    """`out` [T, N] of norm_linear, linear_residual or norm_head, by the operands that there are. push: each row goes to the
+    rank whose share it is in."""
     x, weight = tensor(operands, "x"), tensor(operands, "weight")
     present = {name for name, operand in operands.items() if isinstance(operand, TensorSpec)}
     (tokens, features), inner = out.shape, weight.shape[1]
@@ -137,19 +154,21 @@ def gemm_launches(target: Target, operands: Mapping[str, Operand], out: TensorSp
     assert isinstance(eps, float | int)
     first = tile_launch(target, operands, common, "tiles", rows="rows" if "rows" in present else None,
                         norm_weight="norm_weight" if "norm_weight" in present else None, eps=float(eps))
-    shape = choose(target, "gemm", {"tokens": tokens, "features": features, "inner": inner},
-                   best_shape(target, tokens, features, inner), near_shapes(target, tokens, features, inner))
+    name, kind = ("gemm_push", PushShape) if push else ("gemm", Shape)
+    shape = choose(target, name, {"tokens": tokens, "features": features, "inner": inner},
+                   best_shape(target, tokens, features, inner, kind), near_shapes(target, tokens, features, inner, kind))
     weights, stages = shape.stages(target)
     shared = (weights * shape.slabs * SLAB_BYTES + stages * shape.token_steps * shape.step_bytes + shape.parts_bytes
-              + (2 * weights + 2 * stages + 1) * 8)
+              + shape.tile_bytes + (2 * weights + 2 * stages + 3) * 8)
     grid = min(shape.items, shape.clusters(target)) * shape.split
     defines: dict[str, int | float | str] = {
         "TOKENS": tokens, "FEATURES": features, "INNER": inner, "GRID": grid, "SHARED": shared,
         "SLABS": shape.slabs, "WIDTH": shape.width, "SPLIT": shape.split,
         "WEIGHT_STAGES": weights, "TOKEN_STAGES": stages, "TOKEN_STEPS": shape.token_steps,
-        "BIAS": int("bias" in present), "RESIDUAL": int("residual" in present), "FP32": int(out.dtype == "fp32"),
+        "BIAS": int("bias" in present), "RESIDUAL": int("residual" in present), "FP32": int(out.dtype == "fp32"), "PUSH": int(push),
     }
-    args = ("tiles", "weight", *(name for name in ("bias", "residual") if name in present), "out0")
+    args = ("tiles", "weight", *(name for name in ("bias", "residual") if name in present),
+            *(("exchange",) if push else ()), "out0")
     second = cuda_launch(
         "gemm.cu", "gemm", defines, args, grid=grid, threads=shape.slabs * 128 + 128, shared=shared, common=common,
         preloads=("weight",), promises=("HGMMA",), flops=2 * tokens * features * inner,

@@ -29,10 +29,12 @@ def supports(target: Target, operands: Mapping[str, Operand]) -> bool:
     return gemv.supports(target, tensor(operands, "weight"))
 
 
-def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+def launches(target: Target, operands: Mapping[str, Operand], *, push: bool = False) -> tuple[Launch, ...]:
+    """push: many tokens' rows go to the ranks whose share they are in."""
     out = _outputs(operands)
     if out.shape[0] > gemv.MAX_TOKENS:
-        return gemm.gemm_launches(target, operands, out)
+        return gemm.gemm_launches(target, operands, out, push=push)
+    assert not push
     return (gemv.gemv_launch(target, operands, out),)
 
 

@@ -109,20 +109,22 @@ def experts_launch(target: Target, operands: Mapping[str, Operand], size: Sizes,
         flops=6 * size.pairs * size.inner * size.hidden, late_trigger=True, promises=("HGMMA",))
 
 
-def combine_launch(operands: Mapping[str, Operand], size: Sizes, shared: Mapping[str, TensorSpec], residual: bool) -> Launch:
-    """residual: adds x."""
+def combine_launch(operands: Mapping[str, Operand], size: Sizes, shared: Mapping[str, TensorSpec], residual: bool,
+                   push: bool) -> Launch:
+    """residual: adds x. push: each row goes to the rank whose share it is in."""
     x, used = tensor(operands, "x"), {name: shared[name] for name in ("place", "y")}
     defines = {"SORT": 0, "TOKENS": size.tokens, "TOP_K": size.top_k, "HIDDEN": size.hidden, "THREADS": COMBINE_THREADS,
-               "RESIDUAL": int(residual)}
+               "RESIDUAL": int(residual), "PUSH": int(push)}
     own = ("x",) if residual else ()
-    return cuda_launch("moe_route.cu", "moe_combine", defines, (*own, "probs", "place", "y", "out0"),
+    return cuda_launch("moe_route.cu", "moe_combine", defines, (*own, "probs", "place", "y", *(("exchange",) if push else ()), "out0"),
                        grid=cdiv(size.tokens * size.hidden // 8, COMBINE_THREADS), threads=COMBINE_THREADS, common=used,
                        moved=2 * x.bytes + 2 * size.pairs * size.hidden, flops=2 * size.pairs * size.hidden,
                        preloads=(*own, "probs", "place"))
 
 
-def launches(target: Target, operands: Mapping[str, Operand], *, residual: bool = True) -> tuple[Launch, ...]:
-    """moe_grouped, or without the residual moe_grouped_partial."""
+def launches(target: Target, operands: Mapping[str, Operand], *, residual: bool = True,
+             push: bool = False) -> tuple[Launch, ...]:
+    """moe_grouped, or without the residual moe_grouped_partial; see `combine_launch`."""
     size = Sizes.of(operands)
     key = {name: getattr(size, name) for name in ("tokens", "top_k", "experts", "hidden", "inner")}
     chosen = choose(target, "moe_grouped", key, variant(size), variants(target, size))
@@ -131,7 +133,7 @@ def launches(target: Target, operands: Mapping[str, Operand], *, residual: bool 
             tile_launch(target, operands, shared, "x_tiles", places="place", norm_weight="norm_weight",
                         eps=number(operands, "eps")),
             experts_launch(target, operands, size, chosen, shared),
-            combine_launch(operands, size, shared, residual))
+            combine_launch(operands, size, shared, residual, push))
 
 
 SPECS = (KernelSpec("sm90_moe_grouped", "moe_grouped", supports, launches,

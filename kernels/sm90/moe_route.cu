@@ -2,8 +2,12 @@
 //
 // Pairs (token, expert) lie in the tiles expert by expert, tokens ascending. An expert's run begins at a multiple of 8, so
 // that it is whole atoms of the tiles. Defines: SORT, TOKENS, TOP_K; sort: EXPERTS, ROWS, WIDEST; combine: HIDDEN, THREADS,
-// RESIDUAL (is x added?).
+// RESIDUAL (is x added?), PUSH (does each row go to the rank whose share it is in?).
+#if PUSH
+#include "exchange.cuh"
+#else
 #include "common.cuh"
+#endif
 
 #if SORT
 constexpr int PAIRS = TOKENS * TOP_K, WARPS = 32, THREADS = WARPS * 32, SLICES = (PAIRS + THREADS - 1) / THREADS;
@@ -117,8 +121,16 @@ moe_combine(
 #if RESIDUAL
     const u16* x,
 #endif
-    const float* probs, const int* place, const u16* y, u16* out) {
+    const float* probs, const int* place, const u16* y,
+#if PUSH
+    const Header* exchange,
+#endif
+    u16* out) {
     trigger_next();
+#if PUSH
+    __shared__ Header known;
+    copy_header(known, exchange);
+#endif
     const int item = blockIdx.x * THREADS + threadIdx.x, token = item / CHUNKS, chunk = item % CHUNKS;
     const bool inside = token < TOKENS;
     uint4 v[TOP_K];
@@ -137,17 +149,30 @@ moe_combine(
             share[a] = __uint_as_float(load_4(probs + token * TOP_K + a));
         }
     }
+#if PUSH
+    wait_for_copies();
+    __syncthreads();
+#endif
     wait_for_previous();
-    if (!inside) return;
+    if (inside) {
 #pragma unroll
-    for (int a = 0; a < TOP_K; ++a) v[a] = load_16(y + (long)row[a] * HIDDEN + chunk * 8);
-    float sum[8] = {};
+        for (int a = 0; a < TOP_K; ++a) v[a] = load_16(y + (long)row[a] * HIDDEN + chunk * 8);
+        float sum[8] = {};
 #if RESIDUAL
-    add_scaled(sum, own, 1.f);
+        add_scaled(sum, own, 1.f);
 #endif
 #pragma unroll
-    for (int a = 0; a < TOP_K; ++a) add_scaled(sum, v[a], share[a]);
-    *(uint4*)(out + (long)item * 8) = make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),
-                                                 pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7]));
+        for (int a = 0; a < TOP_K; ++a) add_scaled(sum, v[a], share[a]);
+        u16* to = out + (long)item * 8;
+#if PUSH
+        const Ranks ranks{exchange, known};
+        to = Shares(ranks.count(), TOKENS).place(ranks, out, ranks.own(), token, HIDDEN) + chunk * 8;
+#endif
+        store_16(to, make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]), pack_bf16(sum[4], sum[5]),
+                                pack_bf16(sum[6], sum[7])));
+    }
+#if PUSH
+    finish_pushes();
+#endif
 }
 #endif

@@ -37,7 +37,7 @@ from gptoss_compile.testing import difference, rank_tensors, tiny_context, with_
 from gptoss_compile.trace import Geometry, trace_model
 
 SM90 = Target.parse("sm90")
-FEW, ONE_SHOT, TWO_SHOT = Bucket.decode(FEW_TOKENS), Bucket.decode(ONE_SHOT_TOKENS), Bucket.extend(ONE_SHOT_TOKENS + 16, 3)
+FEW, ONE_SHOT, TWO_SHOT = Bucket.decode(FEW_TOKENS), Bucket.decode(ONE_SHOT_TOKENS), Bucket.extend(ONE_SHOT_TOKENS + 17, 3)
 BUCKETS = pytest.mark.parametrize("bucket", [FEW, ONE_SHOT, TWO_SHOT], ids=["few", "one-shot", "two-shot"])
 
 
@@ -91,19 +91,25 @@ def plans_of(bucket: Bucket, ranks: int) -> list[LaunchPlan]:
 
 
 def in_area(plan: LaunchPlan) -> dict[tuple[int, int], tuple[int, int, int, int]]:
-    """What is in the exchange area, by step and output: [start, end) in bytes, and the first and the last step that has it,
-    which is the last one to read there before another writes the same."""
-    found = {}
+    """What is in the exchange area, by step and output: [start, end) in bytes, and the first and the last step at which
+    someone may touch it. A rank is at a step; a peer that is ahead of it may have left the exchange to which it comes next
+    only when it comes there, so the peer pushes into its memory from behind its last exchange on. The head's sum, which no
+    rank waits for, is read until all meet once more."""
+    found, free = {}, 0
     for number, step in enumerate(plan.steps):
         for index, out in enumerate(step.outputs):
-            if out.place in ("exchange", "slots"):
-                size = plan.ranks * 2 * out.bytes if out.place == "slots" else out.bytes
+            if out.place in ("exchange", "slots", "shares"):
+                row = out.bytes // out.shape[0]
+                size = {"slots": plan.ranks * 2 * out.bytes, "exchange": out.bytes,
+                        "shares": plan.ranks * -(-out.shape[0] // plan.ranks) * row}[out.place]
                 last = number
                 for i, later in enumerate(plan.steps[number + 1:], number + 1):
-                    last = i if out in later.operands.values() else last
+                    if out in later.operands.values():
+                        last = i if later.op != "reduce_norm_head" else len(plan.steps)
                     if out in later.outputs:
                         break
-                found[number, index] = int(out.key), int(out.key) + size, number, last
+                found[number, index] = int(out.key), int(out.key) + size, free if out.place == "shares" else number, last
+        free = number + 1 if OPS[step.op].exchange else free
     return found
 
 
@@ -133,6 +139,7 @@ def test_what_lies_in_the_exchange_area(bucket: Bucket, ranks: int) -> None:
         for index, out in enumerate(step.outputs):
             slots = step.op.endswith("_partial") and tokens <= FEW_TOKENS
             assert (out.place == "slots") == slots
+            assert (out.place == "shares") == (step.op.endswith("_partial") and tokens > ONE_SHOT_TOKENS)
             if (number, index) in places:
                 start, end, *_ = places[number, index]
                 assert start % 256 == 0 and (base <= start and end <= slots_end if slots else slots_end <= start)
@@ -177,7 +184,7 @@ def test_launches_get_the_header_and_their_flags(bucket: Bucket) -> None:
                 assert place.key == 0 and place.bytes == HEADER_BYTES if name == "exchange" else place.key >= HEADER_BYTES
             assert "x" not in launch.common or launch.common["x"].place == "arena"
     exchanging = [step for step in plan.steps if OPS[step.op].exchange]
-    exchanging += [step for step in plan.steps if step.outputs[0].place == "slots"]
+    exchanging += [step for step in plan.steps if step.outputs[0].place in ("slots", "shares")]
     assert all(any("exchange" in launch.args for launch in step.launches) for step in exchanging)
 
 

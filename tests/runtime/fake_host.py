@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +27,9 @@ from gptoss_compile.dialect import OPS, exchanged
 from gptoss_compile.kernels.exchange import ONE_SHOT_TOKENS
 from gptoss_compile.launch_plan import LaunchPlan, Operand, Step
 from gptoss_compile.runtime.exchange_cuda import HEADER
+from gptoss_compile.trace import DTYPES
 
+PUSHED = ("slots", "shares")  # places in the memory of other ranks
 QUEUED = ("cuMemsetD8Async", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuMemcpy2DAsync")  # their last argument: the stream
 TAG = 0xFF800000
 
@@ -59,7 +61,7 @@ class Machine(FakeDriver):
     def run_step(self, step: Step, at: dict[str, int]) -> bool:
         """Whether it could run: an exchange waits until all are there."""
         info = OPS[step.op]
-        operands = {name: self._operand(name, value, at) if isinstance(value, Operand) and value.place != "slots" else value
+        operands = {name: self._operand(name, value, at) if isinstance(value, Operand) and value.place not in PUSHED else value
                     for name, value in step.operands.items()}
         if info.exchange:
             parts = self.exchange(step, at)
@@ -72,6 +74,9 @@ class Machine(FakeDriver):
             address = at[info.updates.get(i, f"out{i}")]
             if operand.place == "slots":
                 self.push(operand, address, result, at["exchange"])
+            elif operand.place == "shares":
+                for rank, place in enumerate(self.shares(operand, address, self.number, at["exchange"])):
+                    self.rows(operand, place, rank).copy_(result[rank :: len(self.host.machines)])
             else:
                 self._tensor(operand, address).copy_(result)
         if step.op == "all_gather":
@@ -88,6 +93,17 @@ class Machine(FakeDriver):
         for base in header["base"][: header["ranks"]].tolist():
             place = address - area + base + self.number * 2 * operand.bytes
             ctypes.memmove(place, pairs.ctypes.data, pairs.nbytes)
+
+    def shares(self, operand: Operand, address: int, source: int, area: int) -> list[int]:
+        """Where the shares of a rank's partial sum are, in each rank's area."""
+        header = self.header(area)
+        part = -(-operand.shape[0] // int(header["ranks"])) * (operand.bytes // operand.shape[0])
+        return [address - area + base + source * part for base in header["base"][: header["ranks"]].tolist()]
+
+    def rows(self, operand: Operand, address: int, rank: int) -> torch.Tensor:
+        """Those of a partial sum that are in a rank's share."""
+        rows = len(range(rank, operand.shape[0], len(self.host.machines)))
+        return self._tensor(replace(operand, shape=(rows, *operand.shape[1:])), address)
 
     def exchange(self, step: Step, at: dict[str, int]) -> list[torch.Tensor] | None:
         """All ranks' parts in rank order, when all have come here; after the limit, which is reported, zeros."""
@@ -117,6 +133,11 @@ class Machine(FakeDriver):
                 pairs = np.frombuffer((ctypes.c_uint8 * (2 * operand.bytes)).from_address(start), np.uint32).reshape(-1, 2)
                 assert (pairs[:, 1] == (header["step"] | TAG)).all(), f"{step.op}: slots of rank {rank} are of another step"
                 found.append(torch.from_numpy(pairs[:, 0].copy().view(np.float32)).view(operand.shape))
+            elif operand.place == "shares":
+                whole = torch.empty(operand.shape, dtype=DTYPES[operand.dtype])
+                for owner, place in enumerate(self.shares(operand, at[name], rank, at["exchange"])):
+                    whole[owner :: len(meeting)] = self.rows(operand, place, owner)
+                found.append(whole)
             else:
                 place, (theirs, places) = at[name] - int(header["base"][self.number]) + base, meeting[rank]
                 assert places[name] == place, f"{step.op}: not at the same place of every rank's area"
