@@ -90,9 +90,9 @@ class Operand:
     is what one step leaves to the next, whatever its bucket; it has as many rows as the largest bucket.
 
     The exchange area is what the other ranks' kernels read and write; it starts as zeros. In place "slots" it holds fp32
-    values, one tensor a rank behind another, each value as 8 bytes: itself and the step that it is of. In place "shares" row t
-    of a rank's tensor is on rank t % ranks alone, as row t // ranks of the rank's part of the place; parts, one a rank behind
-    another, have ceil(rows / ranks) rows.
+    values, one tensor a rank behind another, each value as 8 bytes: itself and the step that it is of. In place "shares" row
+    t of a rank's tensor is on rank t % ranks alone, as row t // ranks of the rank's part of the place; the ranks' parts lie
+    one behind another and have ceil(rows / ranks) rows.
     """
 
     place: Place

@@ -97,8 +97,8 @@ def sum_launch(target: Target, operands: Mapping[str, Operand], *, into: str = "
     pushed, chunks = tokens > ONE_SHOT_TOKENS, out.bytes // 16
     share &= pushed
     each = 4 if chunks > BLOCKS * target.processors * ROW_THREADS else 1
-    defines |= {"TOKENS": tokens, "PUSHED": int(pushed), "SHARE": int(share), "CHUNKS": each, "TOGETHER": IN_FLIGHT // each, "THREADS": ROW_THREADS,
-                "MIN_BLOCKS": BLOCKS}
+    defines |= {"TOKENS": tokens, "PUSHED": int(pushed), "SHARE": int(share), "CHUNKS": each,
+                "TOGETHER": IN_FLIGHT // each, "THREADS": ROW_THREADS, "MIN_BLOCKS": BLOCKS}
     counter = (TensorSpec((1,), "i32"),) if share else ()
     args += ["flags", *(["scratch0"] if share else []), into]
     return cuda_launch("exchange_rows.cu", "exchange_rows", defines, args, common=common, scratch=counter,

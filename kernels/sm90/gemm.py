@@ -165,7 +165,8 @@ def gemm_launches(target: Target, operands: Mapping[str, Operand], out: TensorSp
         "TOKENS": tokens, "FEATURES": features, "INNER": inner, "GRID": grid, "SHARED": shared,
         "SLABS": shape.slabs, "WIDTH": shape.width, "SPLIT": shape.split,
         "WEIGHT_STAGES": weights, "TOKEN_STAGES": stages, "TOKEN_STEPS": shape.token_steps,
-        "BIAS": int("bias" in present), "RESIDUAL": int("residual" in present), "FP32": int(out.dtype == "fp32"), "PUSH": int(push),
+        "BIAS": int("bias" in present), "RESIDUAL": int("residual" in present), "FP32": int(out.dtype == "fp32"),
+        "PUSH": int(push),
     }
     args = ("tiles", "weight", *(name for name in ("bias", "residual") if name in present),
             *(("exchange",) if push else ()), "out0")

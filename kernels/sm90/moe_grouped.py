@@ -115,8 +115,8 @@ def combine_launch(operands: Mapping[str, Operand], size: Sizes, shared: Mapping
     x, used = tensor(operands, "x"), {name: shared[name] for name in ("place", "y")}
     defines = {"SORT": 0, "TOKENS": size.tokens, "TOP_K": size.top_k, "HIDDEN": size.hidden, "THREADS": COMBINE_THREADS,
                "RESIDUAL": int(residual), "PUSH": int(push)}
-    own = ("x",) if residual else ()
-    return cuda_launch("moe_route.cu", "moe_combine", defines, (*own, "probs", "place", "y", *(("exchange",) if push else ()), "out0"),
+    own, peers = ("x",) if residual else (), ("exchange",) if push else ()
+    return cuda_launch("moe_route.cu", "moe_combine", defines, (*own, "probs", "place", "y", *peers, "out0"),
                        grid=cdiv(size.tokens * size.hidden // 8, COMBINE_THREADS), threads=COMBINE_THREADS, common=used,
                        moved=2 * x.bytes + 2 * size.pairs * size.hidden, flops=2 * size.pairs * size.hidden,
                        preloads=(*own, "probs", "place"))

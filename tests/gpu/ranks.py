@@ -114,11 +114,13 @@ class Group:
             area[:len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8).to(area.device)
         self.synchronize()
 
-    def place(self, shape: tuple[int, ...], dtype: torch.dtype, *, slots: bool = False) -> At:
-        """Room in the exchange area, behind what has been given out; slots: one for each value of each rank."""
+    def place(self, shape: tuple[int, ...], dtype: torch.dtype, *, slots: bool = False, shares: bool = False) -> At:
+        """Room in the exchange area, behind what has been given out; slots: one for each value of each rank; shares: for the
+        largest share of the rows of each rank."""
         found = At(self._end, shape, dtype)
-        elements = int(torch.Size(shape).numel())
-        self._end += align(len(self.ranks) * elements * 8 if slots else elements * dtype.itemsize)
+        elements = int(torch.Size((self._most(at=found), *shape[1:]) if shares else shape).numel())
+        size = elements * (8 if slots else dtype.itemsize)
+        self._end += align(len(self.ranks) * size if slots or shares else size)
         assert self._end <= self.size, "the exchange area is too small for the test"
         return found
 
@@ -137,6 +139,22 @@ class Group:
         count, elements = len(self.ranks), int(torch.Size(at.shape).numel())
         words = self.areas[rank][at.offset:at.offset + count * elements * 8].view(torch.float32).view(count, *at.shape, 2)
         return list(words[..., 0].unbind(0))
+
+    def _most(self, at: At) -> int:
+        return -(-at.shape[0] // len(self.ranks))
+
+    def share(self, owner: int, source: int, at: At) -> Tensor:
+        """What rank `owner` has of a partial sum of rank `source`: rows owner, owner + ranks, ..."""
+        rows = len(range(owner, at.shape[0], len(self.ranks)))
+        row = int(torch.Size(at.shape[1:]).numel()) * at.dtype.itemsize
+        return self.read(owner, At(at.offset + source * self._most(at) * row, (rows, *at.shape[1:]), at.dtype))
+
+    def read_shares(self, source: int, at: At) -> Tensor:
+        """The rank's partial sum, from the ranks that have its rows; on the host."""
+        found = torch.empty(at.shape, dtype=at.dtype)
+        for owner in range(len(self.ranks)):
+            found[owner::len(self.ranks)] = self.share(owner, source, at).cpu()
+        return found
 
     def step(self, rank: int) -> int:
         return int(self.areas[rank][STEP_AT:STEP_AT + 4].view(torch.int32))

@@ -61,8 +61,8 @@ class Machine(FakeDriver):
     def run_step(self, step: Step, at: dict[str, int]) -> bool:
         """Whether it could run: an exchange waits until all are there."""
         info = OPS[step.op]
-        operands = {name: self._operand(name, value, at) if isinstance(value, Operand) and value.place not in PUSHED else value
-                    for name, value in step.operands.items()}
+        operands = {name: self._operand(name, value, at) if isinstance(value, Operand) and value.place not in PUSHED
+                    else value for name, value in step.operands.items()}
         if info.exchange:
             parts = self.exchange(step, at)
             if parts is None:
