@@ -13,8 +13,9 @@ columns [ceil(V r / ranks), ceil(V (r + 1) / ranks)). The kernels are in `kernel
 On GPUs every rank has an *exchange area*: memory of one layout, which all ranks read and write. It begins with a header of
 HEADER_BYTES, which a launch gets under the name `exchange`; a consumer's launches get FLAGS_BYTES of their step's own under
 the name `flags`. Up to FEW_TOKENS tokens a partial sum is fp32 and its producer pushes it to all ranks, into "slots"; above,
-it has the model's dtype and the consumer pulls it, up to ONE_SHOT_TOKENS all of it on every rank, else each rank its rows,
-which it then gives to all. The planner places what peers touch there (see `gptoss_compile.plan`).
+it has the model's dtype. Up to ONE_SHOT_TOKENS the consumer pulls it, all of it on every rank; else each rank adds its share
+of the rows, t with t % ranks == rank, which producers push to it, into "shares", and then gives the sums to all. The planner
+places what peers touch there (see `gptoss_compile.exchange_area`).
 
 The header: u64 base[8], every rank's area as this rank sees it; u32 step, 1 in the first step and then counted by
 all_gather; u32 rank, ranks, and limit_ms, how long a kernel waits for a rank; u64 report, the address of a u32 on the host,
@@ -35,7 +36,7 @@ from gptoss_compile.launch_plan import FLAGS_BYTES, HEADER_BYTES
 
 __all__ = ["FEW_TOKENS", "FLAGS_BYTES", "HEADER_BYTES", "ONE_SHOT_TOKENS", "OPERATORS", "added", "partial_dtype"]
 
-FEW_TOKENS = 4  # up to here partial sums are pushed
+FEW_TOKENS = 4  # up to here partial sums are pushed to all ranks
 ONE_SHOT_TOKENS = 64  # up to here every rank adds all rows
 OPERATORS = ("linear_partial", "moe_down_partial", "moe_grouped_partial", "reduce_norm_linear", "reduce_norm_route",
              "reduce_norm_head", "all_gather")
