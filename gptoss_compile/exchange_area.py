@@ -1,7 +1,7 @@
 """What of a rank's step lies in memory that its peers touch, and where: the same place on every rank, as peers find a thing
 in each other's memory by where it is in their own.
 
-    header | flags of every exchange | slots of every sum | what is pulled, or written by peers: shares, the residual stream
+    header | flags of every exchange | slots of every sum | what is pulled, or written by peers: shares, sums, routes
 
 The first three are where they are whatever the bucket, since they outlive a step: flags and slots hold the number of the
 step that they are of, and what another bucket left there must not look like one. See `kernels.exchange`.
@@ -79,8 +79,9 @@ def lay_out(nodes: Sequence[fx.Node], lives: Mapping[Buffer, Lifetime], sources:
             shared[source] = Lifetime(size, behind, number if two_shot(node) else len(nodes))
         behind = number + 1
         slots_at += align(ranks * FEW_TOKENS * width * 8)
-        if two_shot(node):  # the residual stream, whose rows come from all ranks
-            shared[node, 0] = lives[node, 0]
+        if two_shot(node):  # the residual stream and what chooses experts, whose rows come from all ranks
+            for index in range(3 if op_name(node) == "reduce_norm_route" else 1):
+                shared[node, index] = lives[node, index]
     offsets, size = assign(list(shared.values()))
     frees: dict[int, tuple[tuple[int, int], ...]] = {}
     for (buffer, life), offset in zip(shared.items(), offsets, strict=True):

@@ -75,11 +75,12 @@ def reduce_norm_route_supports(target: Target, operands: Mapping[str, Operand]) 
     return _supports_sums(target, operands) and router.supports(target, _one_rank(operands))
 
 
-def sum_launch(target: Target, operands: Mapping[str, Operand], *, into: str = "out0", share: bool = True) -> Launch:
+def sum_launch(target: Target, operands: Mapping[str, Operand], *, into: str = "out0", share: bool = True,
+               done: bool = True) -> Launch:
     """residual + the sum of the ranks' partial sums, or its `rows` if there are any, goes to the output or common buffer.
 
     share: the buffer is in the exchange area if there are more than ONE_SHOT_TOKENS tokens, so that each rank sums up its
-    share of the rows and gives them to all. Else each sums up all.
+    share of the rows and gives them to all. Else each sums up all. done: all ranks have when the launch ends.
     """
     residual, partial, rows = tensor(operands, "residual"), tensor(operands, "partial"), operands.get("rows")
     tokens, columns = residual.shape
@@ -96,13 +97,14 @@ def sum_launch(target: Target, operands: Mapping[str, Operand], *, into: str = "
                            moved=2 * out.bytes + 2 * partial.bytes)
     pushed, chunks = tokens > ONE_SHOT_TOKENS, out.bytes // 16
     share &= pushed
+    done &= share
     each = 4 if chunks > BLOCKS * target.processors * ROW_THREADS else 1
-    defines |= {"TOKENS": tokens, "PUSHED": int(pushed), "SHARE": int(share), "CHUNKS": each,
-                "TOGETHER": IN_FLIGHT // each, "THREADS": ROW_THREADS, "MIN_BLOCKS": BLOCKS}
-    counter = (TensorSpec((1,), "i32"),) if share else ()
-    args += ["flags", *(["scratch0"] if share else []), into]
+    defines |= {"TOKENS": tokens, "PUSHED": int(pushed), "SHARE": int(share), "DONE": int(done),
+                "CHUNKS": each, "TOGETHER": IN_FLIGHT // each, "THREADS": ROW_THREADS, "MIN_BLOCKS": BLOCKS}
+    counter = (TensorSpec((1,), "i32"),) if done else ()
+    args += ["flags", *(["scratch0"] if done else []), into]
     return cuda_launch("exchange_rows.cu", "exchange_rows", defines, args, common=common, scratch=counter,
-                       zeroed=(0,) if share else (), threads=ROW_THREADS, moved=4 * out.bytes,
+                       zeroed=(0,) if done else (), threads=ROW_THREADS, moved=4 * out.bytes,
                        grid=min(cdiv(chunks, each * ROW_THREADS), BLOCKS * target.processors))
 
 
@@ -125,10 +127,13 @@ def reduce_norm_linear_launches(target: Target, operands: Mapping[str, Operand])
 
 
 def reduce_norm_route_launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    if tensor(operands, "residual").shape[0] <= FEW_TOKENS:
+    tokens = tensor(operands, "residual").shape[0]
+    if tokens <= FEW_TOKENS:
         return router.launches(target, operands)
-    return (sum_launch(target, operands), *_behind_sums(router.launches(target, _one_rank(operands)),
-                                                        {"x": "out0", "out0": "out1", "out1": "out2"}))
+    share = tokens > max(router.FEW_TOKENS, ONE_SHOT_TOKENS)
+    return (sum_launch(target, operands, done=not share),
+            *_behind_sums(router.launches(target, _one_rank(operands), share=share),
+                          {"x": "out0", "out0": "out1", "out1": "out2"}))
 
 
 def reduce_norm_head_launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:

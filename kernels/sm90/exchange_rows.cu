@@ -3,12 +3,13 @@
 //
 // Macros: ROWS of out, TOKENS of partial, COLUMNS (a multiple of 8), GATHER; CHUNKS of 8 columns that a thread has in flight of TOGETHER ranks;
 // THREADS, MIN_BLOCKS. PUSHED: partial lies in shares. SHARE: each rank sums its share of the rows, which has been pushed to
-// it, and stores them in out on every rank, where it is in the exchange area; the kernel ends when all have. Else each sums
-// all rows for itself, and partial must last until the step ends, since peers may still read it.
+// it, and stores them in out on every rank, where it is in the exchange area; with DONE the kernel ends when all have, and
+// without it a later one does. Else each sums all rows for itself, and partial must last until the step ends, since peers may
+// still read it.
 #include "exchange.cuh"
 
 constexpr int ROW_CHUNKS = COLUMNS / 8;
-static_assert(COLUMNS % 8 == 0 && !(SHARE && (GATHER || !PUSHED)), "");
+static_assert(COLUMNS % 8 == 0 && !(SHARE && (GATHER || !PUSHED)) && (SHARE || !DONE), "");
 
 DEVICE void add(float (&sum)[8], uint4 v) {
     const u32 pairs[4] = {v.x, v.y, v.z, v.w};
@@ -28,7 +29,7 @@ exchange_rows(u16* partial, const u16* residual,
               const int* rows,
 #endif
               const Header* exchange, Flags* flags,
-#if SHARE
+#if DONE
               u32* counter,
 #endif
               u16* out) {
@@ -109,7 +110,9 @@ exchange_rows(u16* partial, const u16* residual,
                 if (start + i * THREADS < end) store_16(to + (u64)(SHARE ? place[i] : start + i * THREADS) * 8, own[i]);
         }
     }
-#if SHARE
+#if DONE
     await_done(flags, tag, ranks, counter);
+#elif SHARE
+    finish_pushes();
 #endif
 }

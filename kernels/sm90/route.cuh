@@ -13,8 +13,8 @@ DEVICE u32 key_of(float logit) {
 DEVICE float logit_of(u32 key) { return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key); }
 
 // probs[0 ... TOP_K) and ids of one token, best first, the lowest expert first where logits are equal. By a whole warp,
-// which loses its keys; 0 where there is no expert.
-DEVICE void choose(u32 (&key)[KEYS], float* probs, int* ids) {
+// which loses its keys; 0 where there is no expert. The lanes that `store` do.
+DEVICE void choose(u32 (&key)[KEYS], float* probs, int* ids, bool stores = threadIdx.x % 32 == 0) {
     const int lane = threadIdx.x % 32;
     int expert[TOP_K];
     float weight[TOP_K], best = 0, sum = 0;
@@ -36,7 +36,7 @@ DEVICE void choose(u32 (&key)[KEYS], float* probs, int* ids) {
         weight[j] = expf(logit_of(highest) - best);
         sum += weight[j];
     }
-    if (lane == 0) {
+    if (stores) {
 #pragma unroll
         for (int j = 0; j < TOP_K; ++j) {
             probs[j] = weight[j] / sum;

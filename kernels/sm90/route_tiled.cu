@@ -3,7 +3,8 @@
 //
 // Macros: K columns (a multiple of 64), E experts, ALL_TOKENS of the call, TOKENS a block (16, 32 or 64), TURN steps of 64
 // columns at a time, TOP_K, EPS. weight [E, K] in layout "tiles". A block has all experts, so it chooses from its own
-// logits.
+// logits. SHARE: each rank routes its share of the tokens, as exchange_rows.cu has just left them here, and tells all ranks,
+// where probs and ids are in the exchange area; the kernel ends when all have, and have stored their rows of x.
 //
 // The weights come by bulk copies, a turn ahead. The threads fetch x, multiply it by the norm's weight and store it as
 // operands of wgmma: the rounded product and, since no expert must win by rounding, what rounding took. The fence between
@@ -11,6 +12,9 @@
 // behind the fence.
 #include "route.cuh"
 #include "wgmma.cuh"
+#if SHARE
+#include "exchange.cuh"
+#endif
 
 constexpr int STEPS = K / 64, GROUPS = (E + 63) / 64, THREADS = 128 * GROUPS;
 constexpr int TILE_BYTES = 8192, STAGE_BYTES = GROUPS * TILE_BYTES, STAGES = 2 * TURN;
@@ -20,7 +24,9 @@ static_assert(STEPS % TURN == 0, "no wgmma may be conditional");
 
 struct Block {
     u32 stages, operands, arrived;  // addresses of the weights, the operands and a barrier for each stage
-    int first;                      // token
+    int first, tokens;              // the first token, and how many there are in all blocks
+    int step, start;                // token i is row i * step + start of x
+    DEVICE u64 row(int token) const { return (u64)(token * step + start); }
 };
 
 // Where chunk i of the thread lies within a turn: 8 columns of a token in a step. Eight lanes share token and step.
@@ -38,8 +44,8 @@ DEVICE void fetch(uint4 (&x)[MINE], const u16* source, const Block& block, int t
 #pragma unroll
     for (int i = 0; i < MINE; ++i)
         if (Chunk c(i); c.exists)
-            x[i] = load_16(source + (u64)min(block.first + c.token, ALL_TOKENS - 1) * K + (turn * TURN + c.step) * 64
-                           + c.column * 8);
+            x[i] = load_16(source + block.row(min(block.first + c.token, block.tokens - 1)) * K
+                           + (turn * TURN + c.step) * 64 + c.column * 8);
 }
 
 DEVICE float squares_of(uint4 x) {
@@ -91,19 +97,33 @@ DEVICE void multiply_step(float (&sums)[TOKENS / 2], u32 weights, u32 operand, b
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) route_tiled(
-    const char* weight, const u16* x, const u16* norm_weight, const u16* bias, float* probs, int* ids) {
+    const char* weight, const u16* x, const u16* norm_weight, const u16* bias,
+#if SHARE
+    const Header* exchange, Flags* flags, u32* counter,
+#endif
+    float* probs, int* ids) {
     extern __shared__ __align__(1024) char memory[];
     __shared__ u64 arrived[STAGES];
     __shared__ float squares[TURN][TOKENS], factor[TOKENS];
     u16* norm = (u16*)(memory + STAGES * STAGE_BYTES + 2 * TURN * 2 * OPERAND_BYTES);
     const u32 base = shared_address(memory);
-    const Block block = {base, base + STAGES * STAGE_BYTES, shared_address(arrived), (int)blockIdx.x * TOKENS};
+    Block block = {base, base + STAGES * STAGE_BYTES, shared_address(arrived), (int)blockIdx.x * TOKENS, ALL_TOKENS, 1, 0};
+#if SHARE
+    __shared__ Header known;
+    copy_header(known, exchange);
+    wait_for_copies();
+    __syncthreads();
+    const Ranks ranks{exchange, known};
+    block.step = ranks.count(), block.start = ranks.own();
+    block.tokens = Shares(ranks.count(), ALL_TOKENS).count(ranks.own(), ALL_TOKENS);
+#endif
+    const bool idle = block.first >= block.tokens;  // there are blocks for all tokens, and a share has fewer
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) barrier_init(block.arrived + i * 8, 1);
         fence_barrier_init();
-        for (int i = 0; i < min(STAGES, STEPS); ++i) ask(block, weight, i);
+        for (int i = 0; i < (idle ? 0 : min(STAGES, STEPS)); ++i) ask(block, weight, i);
     }
     for (int i = threadIdx.x; i < K / 8; i += THREADS) ((uint4*)norm)[i] = load_weight(norm_weight + i * 8);
     const int expert = group * 64 + warp % 4 * 16 + lane / 4;  // and expert + 8: those of this lane's results
@@ -111,6 +131,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_tiled(
                              expert + 8 < E ? load_bf16(bias + expert + 8) : 0.0f};
     wait_for_previous();
     trigger_next();  // late: who starts behind this kernel may read what was written before it, without a wait
+#if SHARE
+    if (idle) {
+        await_done(flags, tag_of(exchange), ranks, counter);
+        return;
+    }
+#endif
 
     uint4 ahead[MINE];
     float mine[MINE] = {}, sums[TOKENS / 2];
@@ -157,10 +183,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_tiled(
         if (e < E) keys[token * STRIDE + e] = key_of(sums[i] * factor[token] + offset[row]);
     }
     __syncthreads();
-    for (int token = warp; token < min(TOKENS, ALL_TOKENS - block.first); token += THREADS / 32) {
+    for (int token = warp; token < min(TOKENS, block.tokens - block.first); token += THREADS / 32) {
         u32 key[KEYS];
 #pragma unroll
         for (int i = 0; i < KEYS; ++i) key[i] = lane + 32 * i < E ? keys[token * STRIDE + lane + 32 * i] : 0;
-        choose(key, probs + (u64)(block.first + token) * TOP_K, ids + (u64)(block.first + token) * TOP_K);
+        const u64 to = block.row(block.first + token) * TOP_K;
+#if SHARE
+        const u32 rank = min(lane, (int)ranks.count() - 1);
+        choose(key, ranks.at(rank, probs + to), ranks.at(rank, ids + to), lane < ranks.count());
+#else
+        choose(key, probs + to, ids + to);
+#endif
     }
+#if SHARE
+    await_done(flags, tag_of(exchange), ranks, counter);
+#endif
 }

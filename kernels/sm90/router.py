@@ -40,8 +40,9 @@ def few_tokens(target: Target, tokens: int, experts: int) -> int:
     return next((n for n in (1, 2, 4) if experts // 8 * cdiv(tokens, n) <= target.processors), gemv.MAX_TOKENS)
 
 
-def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    """norm_route, or reduce_norm_route where x comes into the slots `partial`.
+def launches(target: Target, operands: Mapping[str, Operand], *, share: bool = False) -> tuple[Launch, ...]:
+    """norm_route, or reduce_norm_route where x comes into the slots `partial`. share: each rank routes its share of many
+    tokens, and tells all.
 
     Few tokens: a block has 8 experts and up to 8 tokens, and the last block of those tokens chooses. Many: a block has
     all experts and 16 to 64 tokens, fewer where there would be too few blocks."""
@@ -66,11 +67,16 @@ def launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, .
             threads=shape.threads, shared=gemv.shared_bytes(columns, few, True),
             scratch=(TensorSpec((tokens, experts), "i32"),), zeroed=(0,), preloads=preloads, late_trigger=True, moved=moved,
             flops=flops),)
-    wide = next((n for n in (64, 32) if cdiv(tokens, n) >= target.processors // 2), 16)
+    own = cdiv(tokens, 2) if share else tokens  # at most, of two ranks or more
+    wide = next((n for n in (64, 32) if cdiv(own, n) >= target.processors // 2), 16)
+    defines |= {"K": columns, "TOKENS": wide, "TURN": _turn(columns, wide), "SHARE": int(share)}
+    counter: tuple[TensorSpec, ...] = ()
+    if share:
+        counter, args = (TensorSpec((1,), "i32"),), (*args[:4], "exchange", "flags", "scratch0", *args[4:])
     return (cuda_launch(
-        "route_tiled.cu", "route_tiled", {**defines, "K": columns, "TOKENS": wide, "TURN": _turn(columns, wide)}, args,
-        grid=cdiv(tokens, wide), threads=cdiv(experts, 64) * 128, shared=_tiled_shared(experts, columns, wide),
-        preloads=preloads, late_trigger=True, promises=("HGMMA",), moved=moved, flops=flops),)
+        "route_tiled.cu", "route_tiled", defines, args, grid=cdiv(tokens, wide), threads=cdiv(experts, 64) * 128,
+        shared=_tiled_shared(experts, columns, wide), scratch=counter, zeroed=tuple(range(len(counter))), preloads=preloads,
+        late_trigger=True, promises=("HGMMA",), moved=moved, flops=flops),)
 
 
 SPECS = (KernelSpec("sm90_norm_route", "norm_route", supports, launches, {"weight": "tiles"}),)

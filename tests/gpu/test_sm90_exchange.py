@@ -20,7 +20,8 @@ TOLERANCE = 4e-3  # of outputs rounded to bf16
 EPS, TOP_K = 1e-5, 4
 # hidden, a rank's columns of o, rows of qkv, experts, all columns of the logits
 LARGE, SMALL = (2880, 2048, 2560, 128, 4096), (576, 128, 384, 40, 1003)
-SUMS = [*((LARGE, tokens) for tokens in (1, 2, 3, 4, 5, 20, 64, 65, 512)), *((SMALL, tokens) for tokens in (1, 4, 8, 130))]
+SUMS = [*((LARGE, tokens) for tokens in (1, 2, 3, 4, 5, 20, 64, 65, 512, 2049)),
+        *((SMALL, tokens) for tokens in (1, 4, 8, 130, 259))]
 Size = tuple[int, int, int, int, int]
 
 
@@ -84,6 +85,8 @@ def chain(group: Group, op: str, tokens: int, size: Size, rows: Tensor | None = 
     producer = Call(group, "linear_partial", [o_arguments(tokens, size) for _ in range(count)], {0: partial})
     peers_write = tokens > ONE_SHOT_TOKENS and op != "reduce_norm_head"
     outputs = {0: group.place(residual.shape, torch.bfloat16)} if peers_write else {}
+    if peers_write and op == "reduce_norm_route":
+        outputs |= {1: group.place((tokens, TOP_K), torch.float32), 2: group.place((tokens, TOP_K), torch.int32)}
     arguments = {"partial": partial, "residual": residual, **consumer_arguments(op, size, rows)}
     return producer, Call(group, op, [arguments] * count, outputs), partial, residual
 
@@ -256,6 +259,38 @@ def test_a_hundred_steps(ranks: int, tokens: int) -> None:
             assert all(torch.equal(a[step].cpu(), b[step].cpu()) for a, b in zip(found[rank], found[0], strict=True))
 
 
+@pytest.mark.parametrize("tokens", [65, 259])
+def test_routes_of_many_steps(ranks: int, tokens: int) -> None:
+    """Every rank learns all ranks' choices of the step that runs."""
+    torch.manual_seed(tokens)
+    steps, group = 50, Group(ranks, 4 * room(ranks, tokens, SMALL))
+    producer, consumer, _, _ = chain(group, "reduce_norm_route", tokens, SMALL)
+    gather = Call(group, "all_gather", [{"x": group.place((1, 8), torch.float32), "columns": 8 * ranks}] * ranks)
+    inputs = [randn(steps, tokens, 128).to(f"cuda:{r}") for r in range(ranks)]
+    found = [[torch.empty(steps, *out.shape, dtype=out.dtype, device=out.device) for out in consumer.all_outputs(rank)]
+             for rank in range(ranks)]
+    group.synchronize()
+    for step in range(steps):
+        for rank in group.ranks:
+            rank.copy(producer.buffers[rank.number]["x"], inputs[rank.number][step])
+        for call in (producer, consumer, gather):
+            call.launch()
+        for rank in group.ranks:
+            for kept, out in zip(found[rank.number], consumer.all_outputs(rank.number), strict=True):
+                rank.copy(kept[step], out)
+    group.wait(30)
+    assert not group.reports.any() and producer.counters_are_zero() and consumer.counters_are_zero()
+    given = {name: consumer.given[0][name] for name in ("norm_weight", "weight", "bias", "eps", "top_k")}
+    for step in range(steps):
+        x, probs, ids = (each[step].cpu() for each in found[0])
+        wanted_x = given_sum(producer, [own[step] for own in inputs], consumer.given[0])
+        assert error(x, wanted_x) < 2 * TOLERANCE, f"step {step}"
+        wanted = twin("norm_route", {"x": x, **given})
+        assert (ids == wanted[1]).float().mean() > 0.99 and error(probs, wanted[0]) < 10 * TOLERANCE, f"step {step}"
+        for rank in range(1, ranks):
+            assert all(torch.equal(a[step].cpu(), b[step].cpu()) for a, b in zip(found[rank], found[0], strict=True))
+
+
 def given_sum(producer: Call, inputs: list[Tensor], consumer: Mapping[str, Any]) -> Tensor:
     """residual + the sum of the ranks' products, in fp32."""
     parts = [x.cpu().float() @ given["weight"].float().T + given["bias"].float()
@@ -300,8 +335,13 @@ def test_time_of_a_two_shot_sum(capsys: pytest.CaptureFixture[str]) -> None:
     alone = microseconds(group, [gather])
     time, product, both = (microseconds(group, [*calls, gather]) - alone
                            for calls in ([consumer], [producer], [producer, consumer]))
+    given = {**consumer.given[0], **consumer_arguments("reduce_norm_route", LARGE, None)}
+    outputs = {0: group.place((8192, 2880), torch.bfloat16), 1: group.place((8192, TOP_K), torch.float32),
+               2: group.place((8192, TOP_K), torch.int32)}
+    routed = microseconds(group, [Call(group, "reduce_norm_route", [given] * 2, outputs), gather]) - alone
     with capsys.disabled():
-        print(f"\ntwo-shot sum of 8,192 x 2,880 over 2 ranks: {time:.0f} us; o {product:.0f} us, both {both:.0f} us")
+        print(f"\nsum and route of 8,192 tokens over 2 ranks: {routed:.0f} us")
+        print(f"two-shot sum of 8,192 x 2,880 over 2 ranks: {time:.0f} us; o {product:.0f} us, both {both:.0f} us")
     assert time < 120 and both < time + product + 20 and not group.reports.any()
 
 

@@ -108,10 +108,19 @@ def test_every_share_has_its_kernels(tokens: int) -> None:
         assert set(found) - {"moe_gate_up"} <= set(OPERATORS)
         for op in ("reduce_norm_linear", "reduce_norm_route", "reduce_norm_head"):
             first, *rest = found[op]
-            assert all("x" not in launch.args and "exchange" not in launch.args for launch in rest), "one exchange, in front"
+            assert all("x" not in launch.args for launch in rest)
+            handed = "route_tiled" if tokens > ONE_SHOT_TOKENS else None  # which each rank runs for its share
+            assert all(("exchange" in launch.args) == (launch.source.symbol == handed) for launch in rest)  # type: ignore[union-attr]
             defines = dict(first.source.defines)
             if tokens > FEW_TOKENS:
+                assert defines["PUSHED"] == (tokens > ONE_SHOT_TOKENS)
                 assert defines["SHARE"] == (tokens > ONE_SHOT_TOKENS and op != "reduce_norm_head")
+                waits = [d for d in map(dict, (launch.source.defines for launch in found[op]))  # type: ignore[union-attr]
+                         if d.get("DONE") or (d.get("SHARE") and "DONE" not in d)]
+                assert len(waits) == defines["SHARE"], "the ranks meet once more, at the end"
+        for op in ("linear_partial", "moe_grouped_partial"):
+            if tokens > FEW_TOKENS:
+                assert ("exchange" in found[op][-1].args) == (tokens > ONE_SHOT_TOKENS)
         last = dict(found["reduce_norm_linear"][-1].source.defines)
         assert found["reduce_norm_linear"][-1].args[-1] == "out1" and last.get("FLOAT_OUT", 0) == 0
 
@@ -136,8 +145,11 @@ def test_kernels_of_few_tokens_keep_their_contract(share: Share, tokens: int, tm
 def test_kernels_of_many_tokens_keep_their_contract(tmp_path: Path) -> None:
     """The exchange alone, and what it changed: the rest is one rank's."""
     steps = [instantiate(EVERY[0], 5), instantiate(EVERY[0], 65), instantiate(EVERY[0], 8192), instantiate(SMALL, 512)]
-    found = [launch for step in steps for launches in step.values() for launch in launches]
-    _check([launch for launch in found if launch.source.symbol in ("exchange_rows", "all_gather", "moe_combine")], tmp_path)
+    changed = ("exchange_rows", "all_gather", "moe_combine", "route_tiled")
+    found = [launch for step in steps for launches in step.values() for launch in launches
+             if launch.source.symbol in changed or dict(launch.source.defines).get("PUSH")]  # type: ignore[union-attr]
+    assert {launch.source.symbol for launch in found} == {*changed, "gemm"}  # type: ignore[union-attr]
+    _check(found, tmp_path)
 
 
 def _check(planned: list[Launch], cache: Path) -> None:

@@ -133,7 +133,7 @@ def test_what_lies_in_the_exchange_area(bucket: Bucket, ranks: int) -> None:
     for number in exchanges[:-1]:
         wanted.add((number - 1, 0))
         if tokens > ONE_SHOT_TOKENS and plan.steps[number].op != "reduce_norm_head":
-            wanted.add((number, 0))
+            wanted |= {(number, i) for i in range(3 if plan.steps[number].op == "reduce_norm_route" else 1)}
     assert places.keys() == wanted
     for number, step in enumerate(plan.steps):
         for index, out in enumerate(step.outputs):
@@ -144,7 +144,8 @@ def test_what_lies_in_the_exchange_area(bucket: Bucket, ranks: int) -> None:
                 start, end, *_ = places[number, index]
                 assert start % 256 == 0 and (base <= start and end <= slots_end if slots else slots_end <= start)
                 assert end <= plan.exchange_bytes
-                assert out.dtype == ("fp32" if slots or step.op == "reduce_norm_head" else "bf16")
+                head = step.op == "reduce_norm_head"
+                assert out.dtype == ("fp32" if slots or head else ("bf16", "fp32", "i32")[index])
     assert plan.logits.place == "arena"
 
 
