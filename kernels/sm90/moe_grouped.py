@@ -29,6 +29,7 @@ RESERVED = 1024  # bytes of shared memory that the system takes from each block
 MOST_STAGES = 15
 MOST_EXPERTS = 256  # counters of the sort in shared memory
 SORT_THREADS, COMBINE_THREADS = 1024, 256
+PUSH_BLOCKS = 6  # of the mix on a processor, where it pushes
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,17 @@ def experts_launch(target: Target, operands: Mapping[str, Operand], size: Sizes,
         flops=6 * size.pairs * size.inner * size.hidden, late_trigger=True, promises=("HGMMA",))
 
 
-def combine_launch(operands: Mapping[str, Operand], size: Sizes, shared: Mapping[str, TensorSpec], residual: bool,
-                   push: bool) -> Launch:
+def combine_launch(target: Target, operands: Mapping[str, Operand], size: Sizes, shared: Mapping[str, TensorSpec],
+                   residual: bool, push: bool) -> Launch:
     """residual: adds x. push: each row goes to the rank whose share it is in."""
     x, used = tensor(operands, "x"), {name: shared[name] for name in ("place", "y")}
+    grid = cdiv(size.tokens * size.hidden // 8, COMBINE_THREADS)
+    grid = min(grid, PUSH_BLOCKS * target.processors) if push else grid
     defines = {"SORT": 0, "TOKENS": size.tokens, "TOP_K": size.top_k, "HIDDEN": size.hidden, "THREADS": COMBINE_THREADS,
-               "RESIDUAL": int(residual), "PUSH": int(push)}
+               "GRID": grid, "RESIDUAL": int(residual), "PUSH": int(push)}
     own, peers = ("x",) if residual else (), ("exchange",) if push else ()
     return cuda_launch("moe_route.cu", "moe_combine", defines, (*own, "probs", "place", "y", *peers, "out0"),
-                       grid=cdiv(size.tokens * size.hidden // 8, COMBINE_THREADS), threads=COMBINE_THREADS, common=used,
+                       grid=grid, threads=COMBINE_THREADS, common=used,
                        moved=2 * x.bytes + 2 * size.pairs * size.hidden, flops=2 * size.pairs * size.hidden,
                        preloads=(*own, "probs", "place"))
 
@@ -133,7 +136,7 @@ def launches(target: Target, operands: Mapping[str, Operand], *, residual: bool 
             tile_launch(target, operands, shared, "x_tiles", places="place", norm_weight="norm_weight",
                         eps=number(operands, "eps")),
             experts_launch(target, operands, size, chosen, shared),
-            combine_launch(operands, size, shared, residual, push))
+            combine_launch(target, operands, size, shared, residual, push))
 
 
 SPECS = (KernelSpec("sm90_moe_grouped", "moe_grouped", supports, launches,

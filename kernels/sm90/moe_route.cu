@@ -2,7 +2,7 @@
 //
 // Pairs (token, expert) lie in the tiles expert by expert, tokens ascending. An expert's run begins at a multiple of 8, so
 // that it is whole atoms of the tiles. Defines: SORT, TOKENS, TOP_K; sort: EXPERTS, ROWS, WIDEST; combine: HIDDEN, THREADS,
-// RESIDUAL (is x added?), PUSH (does each row go to the rank whose share it is in?).
+// GRID, RESIDUAL (is x added?), PUSH (does each row go to the rank whose share it is in?).
 #if PUSH
 #include "exchange.cuh"
 #else
@@ -103,7 +103,9 @@ moe_sort(const int* ids, int* place, int4* groups, int2* extent) {
 }
 
 #else
-constexpr int CHUNKS = HIDDEN / 8;
+constexpr int CHUNKS = HIDDEN / 8, ITEMS = TOKENS * CHUNKS, STRIDE = GRID * THREADS;
+constexpr bool ONCE = STRIDE >= ITEMS;  // a thread has one item at most
+static_assert(ONCE || !RESIDUAL, "");
 
 DEVICE void add_scaled(float (&sum)[8], uint4 v, float factor) {
     const u32 pairs[4] = {v.x, v.y, v.z, v.w};
@@ -114,8 +116,22 @@ DEVICE void add_scaled(float (&sum)[8], uint4 v, float factor) {
     }
 }
 
-// out = x (with RESIDUAL) + sum over a of probs[a] y[place[a]]; a thread eight columns of one token. All but y is read
-// before the wait: the kernel that makes y lets this one start only when those before it have ended.
+// The pairs of a token: their rows of y, and how much each of them counts.
+struct Pairs {
+    int row[TOP_K];
+    float share[TOP_K];
+    DEVICE void fetch(const int* place, const float* probs, int token) {
+#pragma unroll
+        for (int a = 0; a < TOP_K; ++a) {
+            row[a] = (int)load_4(place + token * TOP_K + a);
+            share[a] = __uint_as_float(load_4(probs + token * TOP_K + a));
+        }
+    }
+};
+
+// out = x (with RESIDUAL) + sum over a of probs[a] y[place[a]]; an item is eight columns of one token. All but y is read
+// before the wait, of a thread's first item: the kernel that makes y lets this one start only when those before it have
+// ended. With PUSH there are no more blocks than run at once, for each waits at its end until its stores have arrived.
 extern "C" __global__ void __launch_bounds__(THREADS)
 moe_combine(
 #if RESIDUAL
@@ -131,45 +147,43 @@ moe_combine(
     __shared__ Header known;
     copy_header(known, exchange);
 #endif
-    const int item = blockIdx.x * THREADS + threadIdx.x, token = item / CHUNKS, chunk = item % CHUNKS;
-    const bool inside = token < TOKENS;
-    uint4 v[TOP_K];
+    int item = blockIdx.x * THREADS + threadIdx.x;
+    Pairs pairs;
 #if RESIDUAL
     uint4 own = make_uint4(0, 0, 0, 0);
+    if (item < ITEMS) own = load_16(x + (long)item * 8);
 #endif
-    float share[TOP_K];
-    int row[TOP_K];
-    if (inside) {
-#if RESIDUAL
-        own = load_16(x + (long)item * 8);
-#endif
-#pragma unroll
-        for (int a = 0; a < TOP_K; ++a) {
-            row[a] = (int)load_4(place + token * TOP_K + a);
-            share[a] = __uint_as_float(load_4(probs + token * TOP_K + a));
-        }
-    }
+    if (item < ITEMS) pairs.fetch(place, probs, item / CHUNKS);
 #if PUSH
     wait_for_copies();
     __syncthreads();
+    const Ranks ranks{exchange, known};
+    const Shares shares(ranks.count(), TOKENS);
 #endif
     wait_for_previous();
-    if (inside) {
+#pragma unroll 1
+    for (; item < ITEMS; item += STRIDE) {
+        const int chunk = item % CHUNKS;
+        uint4 v[TOP_K];
 #pragma unroll
-        for (int a = 0; a < TOP_K; ++a) v[a] = load_16(y + (long)row[a] * HIDDEN + chunk * 8);
+        for (int a = 0; a < TOP_K; ++a) v[a] = load_16(y + (long)pairs.row[a] * HIDDEN + chunk * 8);
+        Pairs next = pairs;
+        if (!ONCE && item + STRIDE < ITEMS) next.fetch(place, probs, (item + STRIDE) / CHUNKS);
         float sum[8] = {};
 #if RESIDUAL
         add_scaled(sum, own, 1.f);
 #endif
 #pragma unroll
-        for (int a = 0; a < TOP_K; ++a) add_scaled(sum, v[a], share[a]);
-        u16* to = out + (long)item * 8;
+        for (int a = 0; a < TOP_K; ++a) add_scaled(sum, v[a], pairs.share[a]);
 #if PUSH
-        const Ranks ranks{exchange, known};
-        to = Shares(ranks.count(), TOKENS).place(ranks, out, ranks.own(), token, HIDDEN) + chunk * 8;
+        u16* to = shares.place(ranks, out, ranks.own(), item / CHUNKS, HIDDEN) + chunk * 8;
+#else
+        u16* to = out + (long)item * 8;
 #endif
         store_16(to, make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]), pack_bf16(sum[4], sum[5]),
                                 pack_bf16(sum[6], sum[7])));
+        if (ONCE) break;
+        pairs = next;
     }
 #if PUSH
     finish_pushes();
