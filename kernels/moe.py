@@ -123,7 +123,9 @@ def moe_down_kernel(h_ptr: tl.tensor, ids_ptr: tl.tensor, probs_ptr: tl.tensor, 
     k = tl.arange(0, BK)
     h = tl.load(h_ptr + t * TOP_K * I + k, mask=k < I, other=0.0).to(tl.float32)
     acc = first * (h * tl.load(probs_ptr + t * TOP_K))[None, :]
-    y = tl.load(residual_ptr + t * H + n, mask=n < H, other=0.0).to(tl.float32)
+    y = tl.zeros((ROWS,), tl.float32)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + t * H + n, mask=n < H, other=0.0).to(tl.float32)
     for a in tl.static_range(TOP_K):
         pair = t * TOP_K + a
         expert = tl.load(ids_ptr + pair)
@@ -158,14 +160,18 @@ def gate_up_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Lau
 
 
 def down_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    """Few rows and deep tiles: with one token it is programs and bytes in flight that are short."""
-    (tokens, top_k, inner), residual = tensor(operands, "h").shape, tensor(operands, "residual")
-    hidden = residual.shape[1]
+    """moe_down, or without a residual moe_down_partial.
+
+    Few rows and deep tiles: with one token it is programs and bytes in flight that are short.
+    """
+    (tokens, top_k, inner), hidden = tensor(operands, "h").shape, tensor(operands, "bias").shape[1]
+    residual = operands.get("residual")
+    out = residual if isinstance(residual, TensorSpec) else TensorSpec((tokens, hidden), "fp32")
     rows, depth = (4, 1024) if isinstance(operands["scales"], TensorSpec) else (8, 256)
     constants = {"H": hidden, "I": inner, "TOP_K": top_k, "ROWS": rows, "BK": depth}
     pairs = tokens * top_k
-    return (launch(moe_down_kernel, target, {**operands, "out0": residual}, constants, grid=tokens * cdiv(hidden, rows),
-                   moved=total_bytes(operands["h"], residual, residual) + expert_bytes(operands, pairs),
+    return (launch(moe_down_kernel, target, {**operands, "out0": out}, constants, grid=tokens * cdiv(hidden, rows),
+                   moved=total_bytes(operands["h"], out, residual) + expert_bytes(operands, pairs),
                    flops=2 * pairs * inner * hidden, preloads=("ids", "weight", "scales")),)
 
 

@@ -2,8 +2,9 @@
 
 Up to FEW_TOKENS tokens values are pushed into slots: producers are variants of gemv.cu and moe_pair.cu, consumers of gemv.cu
 and route_few.cu, or exchange_slots.cu comes first. Above, exchange_rows.cu comes before the launches of the consumer's
-namesake, and producers store as ever; but above ONE_SHOT_TOKENS each row on the rank whose share it is in. See exchange.cuh
-for the exchange itself.
+namesake, and producers store as ever; but above ONE_SHOT_TOKENS each row on the rank whose share it is in. Experts in BF16,
+which these do not take, run in the kernels of all targets: exchange_push.cu behind them pushes few tokens' sums, and
+moe_combine takes the place of their last where there are many. See exchange.cuh for the exchange itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from gptoss_compile.kernels import moe
+from gptoss_compile.kernels import moe_grouped as any_moe_grouped
 from gptoss_compile.kernels.common import cdiv, cuda_launch, integer, tensor
 from gptoss_compile.kernels.exchange import FEW_TOKENS, ONE_SHOT_TOKENS
 from gptoss_compile.kernels.sm90 import gemv, linear, moe_grouped, moe_pair, router
@@ -45,6 +48,33 @@ def moe_grouped_partial_supports(target: Target, operands: Mapping[str, Operand]
 def moe_grouped_partial_launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
     push = tensor(operands, "x").shape[0] > ONE_SHOT_TOKENS
     return moe_grouped.launches(target, operands, residual=False, push=push)
+
+
+def any_moe_down_partial_supports(target: Target, operands: Mapping[str, Operand]) -> bool:
+    return target.name == "sm90" and tensor(operands, "h").shape[0] <= FEW_TOKENS
+
+
+def any_moe_down_partial_launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    """The launch of all targets, and one that pushes what it gives."""
+    (down,), tokens = moe.down_launch(target, operands), tensor(operands, "h").shape[0]
+    sums = TensorSpec((tokens, tensor(operands, "bias").shape[1]), "fp32")
+    values = sums.bytes // 4
+    return (replace(down, args=tuple("sums" if name == "out0" else name for name in down.args), common=(("sums", sums),)),
+            cuda_launch("exchange_push.cu", "exchange_push", {"VALUES": values, "THREADS": SLOT_THREADS},
+                        ("sums", "exchange", "out0"), common={"sums": sums}, grid=cdiv(values, SLOT_THREADS),
+                        threads=SLOT_THREADS, moved=3 * sums.bytes))
+
+
+def any_moe_grouped_partial_supports(target: Target, operands: Mapping[str, Operand]) -> bool:
+    x = tensor(operands, "x")
+    return target.name == "sm90" and x.dtype == "bf16" and x.shape[0] > FEW_TOKENS and x.shape[1] % 8 == 0
+
+
+def any_moe_grouped_partial_launches(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    """The launches of all targets, but for the last."""
+    size, push = any_moe_grouped.Sizes.of(operands), tensor(operands, "x").shape[0] > ONE_SHOT_TOKENS
+    return (*any_moe_grouped.grouped_launches(target, operands)[:-1],
+            moe_grouped.combine_launch(target, operands, size, {"y": size.y}, residual=False, push=push))
 
 
 # ---- consumers --------------------------------------------------------------------------------------
@@ -169,6 +199,9 @@ SPECS = (
                {"weight": "mxfp4_down"}),
     KernelSpec("sm90_moe_grouped_partial", "moe_grouped_partial", moe_grouped_partial_supports, moe_grouped_partial_launches,
                {"up": "mxfp4_gate_up", "down": "mxfp4_down"}),
+    KernelSpec("moe_down_partial", "moe_down_partial", any_moe_down_partial_supports, any_moe_down_partial_launches),
+    KernelSpec("moe_grouped_partial", "moe_grouped_partial", any_moe_grouped_partial_supports,
+               any_moe_grouped_partial_launches),
     KernelSpec("sm90_reduce_norm_linear", "reduce_norm_linear", reduce_norm_linear_supports, reduce_norm_linear_launches,
                _TILES),
     KernelSpec("sm90_reduce_norm_route", "reduce_norm_route", reduce_norm_route_supports, reduce_norm_route_launches,

@@ -112,17 +112,18 @@ def experts_launch(target: Target, operands: Mapping[str, Operand], size: Sizes,
 
 def combine_launch(target: Target, operands: Mapping[str, Operand], size: Sizes, shared: Mapping[str, TensorSpec],
                    residual: bool, push: bool) -> Launch:
-    """residual: adds x. push: each row goes to the rank whose share it is in."""
-    x, used = tensor(operands, "x"), {name: shared[name] for name in ("place", "y")}
+    """residual: adds x. push: each row goes to the rank whose share it is in. Without a `place` among the shared buffers y
+    [T, A, H] has the pairs' order, and the kernel that makes it may have been started ahead of others."""
+    x, used = tensor(operands, "x"), {name: shared[name] for name in ("place", "y") if name in shared}
     grid = cdiv(size.tokens * size.hidden // 8, COMBINE_THREADS)
     grid = min(grid, PUSH_BLOCKS * target.processors) if push else grid
     defines = {"SORT": 0, "TOKENS": size.tokens, "TOP_K": size.top_k, "HIDDEN": size.hidden, "THREADS": COMBINE_THREADS,
-               "GRID": grid, "RESIDUAL": int(residual), "PUSH": int(push)}
+               "GRID": grid, "RESIDUAL": int(residual), "PLACED": int("place" in used), "PUSH": int(push)}
     own, peers = ("x",) if residual else (), ("exchange",) if push else ()
-    return cuda_launch("moe_route.cu", "moe_combine", defines, (*own, "probs", "place", "y", *peers, "out0"),
+    return cuda_launch("moe_route.cu", "moe_combine", defines, (*own, "probs", *used, *peers, "out0"),
                        grid=grid, threads=COMBINE_THREADS, common=used,
                        moved=2 * x.bytes + 2 * size.pairs * size.hidden, flops=2 * size.pairs * size.hidden,
-                       preloads=(*own, "probs", "place"))
+                       preloads=(*own, "probs", "place") if "place" in used else ())
 
 
 def launches(target: Target, operands: Mapping[str, Operand], *, residual: bool = True,

@@ -2,7 +2,8 @@
 //
 // Pairs (token, expert) lie in the tiles expert by expert, tokens ascending. An expert's run begins at a multiple of 8, so
 // that it is whole atoms of the tiles. Defines: SORT, TOKENS, TOP_K; sort: EXPERTS, ROWS, WIDEST; combine: HIDDEN, THREADS,
-// GRID, RESIDUAL (is x added?), PUSH (does each row go to the rank whose share it is in?).
+// GRID, RESIDUAL (is x added?), PLACED (are the rows of y anywhere but in the order of the pairs?), PUSH (does each row go to
+// the rank whose share it is in?).
 #if PUSH
 #include "exchange.cuh"
 #else
@@ -123,26 +124,34 @@ struct Pairs {
     DEVICE void fetch(const int* place, const float* probs, int token) {
 #pragma unroll
         for (int a = 0; a < TOP_K; ++a) {
-            row[a] = (int)load_4(place + token * TOP_K + a);
+            row[a] = PLACED ? (int)load_4(place + token * TOP_K + a) : token * TOP_K + a;
             share[a] = __uint_as_float(load_4(probs + token * TOP_K + a));
         }
     }
 };
 
-// out = x (with RESIDUAL) + sum over a of probs[a] y[place[a]]; an item is eight columns of one token. All but y is read
-// before the wait, of a thread's first item: the kernel that makes y lets this one start only when those before it have
-// ended. With PUSH there are no more blocks than run at once, for each waits at its end until its stores have arrived.
+// out = x (with RESIDUAL) + sum over a of probs[a] y[place[a]]; an item is eight columns of one token. With PLACED all but y
+// is read before the wait, of a thread's first item: the kernel that makes y, moe_grouped.cu, lets this one start only when
+// those before it have ended. With PUSH there are no more blocks than run at once, for each waits at its end until its stores
+// have arrived.
 extern "C" __global__ void __launch_bounds__(THREADS)
 moe_combine(
 #if RESIDUAL
     const u16* x,
 #endif
-    const float* probs, const int* place, const u16* y,
+    const float* probs,
+#if PLACED
+    const int* place,
+#endif
+    const u16* y,
 #if PUSH
     const Header* exchange,
 #endif
     u16* out) {
     trigger_next();
+#if !PLACED
+    const int* place = nullptr;
+#endif
 #if PUSH
     __shared__ Header known;
     copy_header(known, exchange);
@@ -153,7 +162,7 @@ moe_combine(
     uint4 own = make_uint4(0, 0, 0, 0);
     if (item < ITEMS) own = load_16(x + (long)item * 8);
 #endif
-    if (item < ITEMS) pairs.fetch(place, probs, item / CHUNKS);
+    if (PLACED && item < ITEMS) pairs.fetch(place, probs, item / CHUNKS);
 #if PUSH
     wait_for_copies();
     __syncthreads();
@@ -161,6 +170,7 @@ moe_combine(
     const Shares shares(ranks.count(), TOKENS);
 #endif
     wait_for_previous();
+    if (!PLACED && item < ITEMS) pairs.fetch(place, probs, item / CHUNKS);
 #pragma unroll 1
     for (; item < ITEMS; item += STRIDE) {
         const int chunk = item % CHUNKS;

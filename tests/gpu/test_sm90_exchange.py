@@ -154,26 +154,28 @@ def test_products_that_are_pushed(ranks: int, tokens: int) -> None:
         assert (area[partial.offset + ranks * most * 5760:] == 0xFF).all()
 
 
-def experts(count: int, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def experts(count: int, rows: int, columns: int, mxfp4: bool = True) -> tuple[Tensor, Tensor | None, Tensor]:
     groups = (count, rows, columns // 32)
+    if not mxfp4:
+        return randn(count, rows, columns, scale=columns**-0.5), None, randn(count, rows)
     return (torch.randint(256, (*groups, 16), dtype=torch.uint8), torch.randint(115, 121, groups, dtype=torch.uint8),
             randn(count, rows))
 
 
-@pytest.mark.parametrize("inner", [384, 288])
+@pytest.mark.parametrize(("inner", "mxfp4"), [(384, True), (288, True), (360, False), (46, False)])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 70, 515])
-def test_partial_sums_of_experts(ranks: int, tokens: int, inner: int) -> None:
+def test_partial_sums_of_experts(ranks: int, tokens: int, inner: int, mxfp4: bool) -> None:
     torch.manual_seed(tokens)
     hidden, count = 576, 8
     group, few = Group(ranks, 8 << 20), tokens <= FEW_TOKENS
     partial, given = place_partial(group, tokens, hidden), []
     for _ in range(ranks):
         own = {"ids": torch.rand(tokens, count).topk(TOP_K).indices.int(), "probs": torch.rand(tokens, TOP_K).softmax(-1)}
-        down = experts(count, hidden, inner)
+        down = experts(count, hidden, inner, mxfp4)
         if few:
             given.append({"h": randn(tokens, TOP_K, inner), **own, "weight": down[0], "scales": down[1], "bias": down[2]})
         else:
-            up = experts(count, 2 * inner, hidden)
+            up = experts(count, 2 * inner, hidden, mxfp4)
             given.append({"x": randn(tokens, hidden), "norm_weight": 1 + randn(hidden, scale=0.3), **own, "up": up[0],
                           "up_scales": up[1], "up_bias": up[2], "down": down[0], "down_scales": down[1],
                           "down_bias": down[2], "eps": EPS, "alpha": 1.702, "limit": 7.0})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ TARGET = Target.parse("sm90")
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's: query and kv heads of 64, features of every expert, columns of the logits."""
+    """A rank's: query and kv heads of 64, features of every expert, columns of the logits. mxfp4: are the experts?"""
 
     hidden: int
     queries: int
@@ -29,6 +29,7 @@ class Share:
     experts: int
     vocabulary: int
     columns: int
+    mxfp4: bool = True
 
 
 def shares(ranks: int, experts: int) -> list[Share]:
@@ -57,16 +58,20 @@ def u8(*shape: int) -> TensorSpec:
     return TensorSpec(shape, "u8")
 
 
+def experts(s: Share, rows: int, columns: int) -> dict[str, TensorSpec | None]:
+    groups, bias = (s.experts, rows, columns // 32), bf16(s.experts, rows)
+    if not s.mxfp4:
+        return {"": bf16(s.experts, rows, columns), "scales": None, "bias": bias}
+    return {"": u8(*groups, 16), "scales": u8(*groups), "bias": bias}
+
+
 def calls(s: Share, tokens: int) -> dict[str, dict[str, Any]]:
     """What a rank calls in a step of so many tokens; from 100 on only the last of each of 64 sequences has logits."""
     few = tokens <= FEW_TOKENS
     x, pairs = bf16(tokens, s.hidden), (tokens, 4)
     sums = {"partial": fp32(tokens, s.hidden) if few else x, "residual": x}
     norm, act = {"norm_weight": bf16(s.hidden), "eps": 1e-5}, {"alpha": 1.702, "limit": 7.0}
-    up = {"": u8(s.experts, 2 * s.inner, s.hidden // 32, 16), "scales": u8(s.experts, 2 * s.inner, s.hidden // 32),
-          "bias": bf16(s.experts, 2 * s.inner)}
-    down = {"": u8(s.experts, s.hidden, s.inner // 32, 16), "scales": u8(s.experts, s.hidden, s.inner // 32),
-            "bias": bf16(s.experts, s.hidden)}
+    up, down = experts(s, 2 * s.inner, s.hidden), experts(s, s.hidden, s.inner)
     rows = 64 if tokens >= 100 else tokens
     width = 64 * (s.queries + 2 * s.kv)
     found: dict[str, dict[str, Any]] = {
@@ -92,12 +97,13 @@ def instantiate(s: Share, tokens: int) -> dict[str, tuple[Launch, ...]]:
     found = {}
     for op, operands in calls(s, tokens).items():
         spec = next(x for x in SPECS if x.op == op and x.supports(TARGET, operands))
-        assert spec.name.startswith("sm90_"), f"{op} of {tokens} tokens runs {spec.name}"
+        assert spec.name.startswith("sm90_") or ("moe" in op and not s.mxfp4), f"{op} of {tokens} tokens runs {spec.name}"
         found[op] = spec.instantiate(TARGET, operands)
         for launch in found[op]:
             known = {*operands, *dict(launch.common), "exchange", "flags", "out0", "out1", "out2", "scratch0"}
-            assert set(launch.args) <= known and isinstance(launch.source, CudaSource)
-            assert launch.moved > 0 or launch.source.symbol == "moe_sort"
+            assert set(launch.args) <= known
+            assert isinstance(launch.source, CudaSource) or not s.mxfp4
+            assert launch.moved > 0 or launch.source.symbol == "moe_sort"  # type: ignore[union-attr]
     return found
 
 
@@ -123,6 +129,21 @@ def test_every_share_has_its_kernels(tokens: int) -> None:
                 assert ("exchange" in found[op][-1].args) == (tokens > ONE_SHOT_TOKENS)
         last = dict(found["reduce_norm_linear"][-1].source.defines)
         assert found["reduce_norm_linear"][-1].args[-1] == "out1" and last.get("FLOAT_OUT", 0) == 0
+
+
+PLAIN = replace(shares(4, 128)[1], mxfp4=False)  # BF16 experts, by the kernels of all targets and what pushes for them
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 64, 65, 512])
+def test_experts_in_bf16(tokens: int, tmp_path: Path) -> None:
+    found = instantiate(PLAIN, tokens)
+    few, many = tokens <= FEW_TOKENS, tokens > ONE_SHOT_TOKENS
+    *products, last = found["moe_down_partial" if few else "moe_grouped_partial"]
+    assert isinstance(last.source, CudaSource) and last.source.symbol == ("exchange_push" if few else "moe_combine")
+    assert last.args == (("sums",) if few else ("probs", "y")) + (("exchange",) if few or many else ()) + ("out0",)
+    assert last.pdl.preloads == (), "what it reads may be written by the kernel before the one before it"
+    assert all(not {"out0", "exchange"} & set(launch.args) for launch in products)
+    _check([*(launch for op in found if "moe" in op for launch in found[op])], tmp_path)
 
 
 def test_nothing_is_read_before_it_is_there() -> None:

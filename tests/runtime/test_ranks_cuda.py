@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from cuda.bindings import driver as real
 from fake_host import FakeHost
-from two_ranks import CONFIG, FEW, MANY, PROMPT
+from two_ranks import CONFIG, FEW, MANY, PROMPT, TWO, compile_for_two, learn
 
 from gptoss_compile import gumbel
 from gptoss_compile.artifact import Artifact
@@ -56,6 +57,13 @@ def step_inputs(artifact: Artifact, bucket: Bucket, seed: int) -> dict[str, Any]
     return {name.removeprefix("input."): a.copy() for name, a in expected.items() if name.startswith("input.")}
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """With BF16 experts, whose features are shared one by one."""
+    config = replace(CONFIG, expert_format="bf16", intermediate=75)
+    return compile_for_two(tmp_path_factory.mktemp("bf16") / "artifact", config)
+
+
 # ---- what it computes ----------------------------------------------------------------------------------------------
 
 
@@ -71,6 +79,15 @@ def test_computes_what_the_interpreter_computes(executor: CudaExecutor, host: Fa
     assert max(c.element for c in report.comparisons) == 0 and report.chain == 0 and report.replays == 3
     assert {(c.rank, c.op) for c in report.comparisons} >= {(rank, "all_gather") for rank in (0, 1)}
     assert len(report.comparisons) == sum(len(s.outputs) for rank in executor.ranks for s in rank.plans[bucket].steps)
+
+
+@pytest.mark.parametrize("bucket", [TWO, MANY, PROMPT], ids=str)
+def test_computes_with_experts_in_bf16(host: FakeHost, plain: Artifact, bucket: Bucket) -> None:
+    learn(host, plain)
+    with closing(CudaExecutor.load(plain, num_pages=80, max_num_seqs=30)) as executor:
+        expect(host, executor, bucket, 7)
+        report = check_bucket(executor, bucket, expected_step(plain, bucket, tensors_of(plain), 3), replays=3)
+    assert report.good and max(c.element for c in report.comparisons) == 0, report.faults
 
 
 def test_a_wrong_buffer_names_its_rank(executor: CudaExecutor, host: FakeHost, artifact: Artifact) -> None:

@@ -20,10 +20,10 @@ CONFIG = ModelConfig(  # heads and experts' features are shared 2 : 1
     rope_original_context=32, eos_ids=(0,))
 
 
-def compile_for_two(folder: Path) -> Artifact:
+def compile_for_two(folder: Path, config: ModelConfig = CONFIG) -> Artifact:
     """With random weights."""
     request = Request(Target.parse("sm90"), "random:7", (TWO, FEW, MANY, PROMPT), ranks=2)
-    return compile_checkpoint(Checkpoint.random(CONFIG, 7), None, request, folder)
+    return compile_checkpoint(Checkpoint.random(config, 7), None, request, folder)
 
 
 def learn(host: FakeHost, artifact: Artifact) -> None:
