@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -42,43 +43,50 @@ class Rank:
         self.number, self.api = number, bindings()
         self.handle = self.check(self.api.cuDeviceGet(number))
         self.context = self.check(self.api.cuDevicePrimaryCtxRetain(self.handle))
-        self.use()
-        self.stream = self.check(self.api.cuStreamCreate(self.api.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        with self.use():
+            self.stream = self.check(self.api.cuStreamCreate(self.api.CUstream_flags.CU_STREAM_NON_BLOCKING))
 
     def check(self, result: tuple[Any, ...]) -> Any:
         assert result[0] == self.api.CUresult.CUDA_SUCCESS, f"rank {self.number}: {result[0].name}"
         return result[1] if len(result) == 2 else result[1:]
 
-    def use(self) -> None:
-        self.check(self.api.cuCtxSetCurrent(self.context))
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """In it this GPU's context is current; behind it, what was before. PyTorch's "cuda" is the GPU whose context is."""
+        self.check(self.api.cuCtxPushCurrent(self.context))
+        try:
+            yield
+        finally:
+            self.check(self.api.cuCtxPopCurrent())
 
     def reach(self, other: Rank) -> None:
-        self.use()
         if not self.check(self.api.cuDeviceCanAccessPeer(self.handle, other.handle)):
             pytest.skip(f"GPU {self.number} cannot reach the memory of GPU {other.number}")
-        (status,) = self.api.cuCtxEnablePeerAccess(other.context, 0)
+        with self.use():
+            (status,) = self.api.cuCtxEnablePeerAccess(other.context, 0)
         assert status.name in ("CUDA_SUCCESS", "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED"), status.name
 
     def load(self, binary: Any, carveout: int) -> Kernel:
-        self.use()
+        assert not (binary.global_scratch_size or binary.profile_scratch_size), f"{binary.stem}: its scratch is null here"
         attribute = self.api.CUfunction_attribute
-        module = self.check(self.api.cuModuleLoadData(binary.code))
-        function = self.check(self.api.cuModuleGetFunction(module, binary.symbol.encode()))
-        self.check(self.api.cuFuncLoad(function))  # not when it is first launched, which might wait for one that polls
-        for name, value in ((attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, binary.shared),
-                            (attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, carveout)):
-            if value >= 0:
-                self.check(self.api.cuFuncSetAttribute(function, name, value))
+        with self.use():
+            module = self.check(self.api.cuModuleLoadData(binary.code))
+            function = self.check(self.api.cuModuleGetFunction(module, binary.symbol.encode()))
+            self.check(self.api.cuFuncLoad(function))  # not when it is first launched, which might wait for one that polls
+            for name, value in ((attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, binary.shared),
+                                (attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, carveout)):
+                if value >= 0:
+                    self.check(self.api.cuFuncSetAttribute(function, name, value))
         return Kernel(binary.stem, function, binary.threads, binary.shared)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """In the stream's order, both on this GPU."""
-        self.use()
-        self.check(self.api.cuMemcpyDtoDAsync(target.data_ptr(), source.data_ptr(), source.nbytes, self.stream))
+        with self.use():
+            self.check(self.api.cuMemcpyDtoDAsync(target.data_ptr(), source.data_ptr(), source.nbytes, self.stream))
 
     def ended(self) -> bool:
-        self.use()
-        (status,) = self.api.cuStreamQuery(self.stream)
+        with self.use():
+            (status,) = self.api.cuStreamQuery(self.stream)
         assert status.name in ("CUDA_SUCCESS", "CUDA_ERROR_NOT_READY"), f"rank {self.number}: {status.name}"
         return bool(status.name == "CUDA_SUCCESS")
 
@@ -161,8 +169,8 @@ class Group:
 
     def synchronize(self) -> None:
         for i, rank in enumerate(self.ranks):
-            rank.use()
-            rank.check(rank.api.cuStreamSynchronize(rank.stream))
+            with rank.use():
+                rank.check(rank.api.cuStreamSynchronize(rank.stream))
             torch.cuda.synchronize(i)
 
     def wait(self, seconds: float) -> float:
@@ -175,11 +183,11 @@ class Group:
 
 
 class Call:
-    """One operator on every rank. arguments: a rank's each; outputs: where some of them are, by their numbers. Behind it
-    `buffers` are the arguments in memory, a rank's each."""
+    """One operator on every rank. arguments: a rank's each; outputs: where some of them are, by their numbers; want: the
+    kernel that must be chosen, if not sm90's own. Behind it `buffers` are the arguments in memory, a rank's each."""
 
     def __init__(self, group: Group, op: str, arguments: Sequence[Mapping[str, Argument | At]],
-                 outputs: Mapping[int, At] | None = None) -> None:
+                 outputs: Mapping[int, At] | None = None, want: str | None = None) -> None:
         self.group, self.given = group, arguments
         self.outputs: list[list[Tensor | At]] = []
         self.calls: list[list[Any]] = []
@@ -187,7 +195,7 @@ class Call:
         self._poisoned: list[Tensor] = []
         self._counters: list[Tensor] = []
         flags = group.flags()
-        planned = [self._instantiate(op, own) for own in arguments]
+        planned = [self._instantiate(op, own, want or f"sm90_{op}") for own in arguments]
         binaries = build_all([launch.source for _, launches in planned for launch in launches], TARGET, processes=1)
         for rank, own, (spec, launches) in zip(group.ranks, arguments, planned, strict=True):
             area = group.areas[rank.number]
@@ -214,11 +222,11 @@ class Call:
         group.synchronize()
 
     @staticmethod
-    def _instantiate(op: str, own: Mapping[str, Argument | At]) -> tuple[Any, tuple[Launch, ...]]:
+    def _instantiate(op: str, own: Mapping[str, Argument | At], want: str) -> tuple[Any, tuple[Launch, ...]]:
         operands = {name: TensorSpec(v.shape, DTYPE_NAMES[v.dtype]) if isinstance(v, At) else spec_of(v)  # type: ignore[arg-type]
                     for name, v in own.items()}
         spec = chosen(op, operands)
-        assert spec.name.startswith("sm90_"), f"{op} runs {spec.name}"
+        assert spec.name == want, f"{op} runs {spec.name}, not {want}"
         return spec, spec.instantiate(TARGET, operands)
 
     def _empty(self, spec: TensorSpec, area: Tensor) -> Tensor:
@@ -250,9 +258,9 @@ class Call:
                 self.launch_on(rank)
 
     def launch_on(self, rank: Rank) -> None:
-        rank.use()
-        for config, function, parameters in self.calls[rank.number]:
-            rank.check((*rank.api.cuLaunchKernelEx(config, function, parameters[0], 0), None))
+        with rank.use():
+            for config, function, parameters in self.calls[rank.number]:
+                rank.check((*rank.api.cuLaunchKernelEx(config, function, parameters[0], 0), None))
 
     def output(self, rank: int, index: int) -> Tensor:
         found = self.outputs[rank][index]
@@ -266,21 +274,21 @@ def microseconds(group: Group, calls: Sequence[Call], *, repeats: int = 20, roun
     """Median time of the calls, the last of which ends a step: `repeats` steps are a graph on each rank."""
     graphs, events = [], []
     for rank in group.ranks:
-        rank.use()
         mode = rank.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        rank.check((*rank.api.cuStreamBeginCapture(rank.stream, mode), None))
-        for _ in range(repeats):
-            for call in calls:
-                call.launch_on(rank)
-        graphs.append(rank.check(rank.api.cuGraphInstantiate(rank.check(rank.api.cuStreamEndCapture(rank.stream)), 0)))
-        events.append([rank.check(rank.api.cuEventCreate(0)) for _ in range(2)])
+        with rank.use():
+            rank.check((*rank.api.cuStreamBeginCapture(rank.stream, mode), None))
+            for _ in range(repeats):
+                for call in calls:
+                    call.launch_on(rank)
+            graphs.append(rank.check(rank.api.cuGraphInstantiate(rank.check(rank.api.cuStreamEndCapture(rank.stream)), 0)))
+            events.append([rank.check(rank.api.cuEventCreate(0)) for _ in range(2)])
     times = []
     for _ in range(rounds + 2):
         for rank, graph, (start, end) in zip(group.ranks, graphs, events, strict=True):
-            rank.use()
-            rank.check((*rank.api.cuEventRecord(start, rank.stream), None))
-            rank.check((*rank.api.cuGraphLaunch(graph, rank.stream), None))
-            rank.check((*rank.api.cuEventRecord(end, rank.stream), None))
+            with rank.use():
+                rank.check((*rank.api.cuEventRecord(start, rank.stream), None))
+                rank.check((*rank.api.cuGraphLaunch(graph, rank.stream), None))
+                rank.check((*rank.api.cuEventRecord(end, rank.stream), None))
         group.wait(10)
         times.append(max(rank.check(rank.api.cuEventElapsedTime(*pair))
                          for rank, pair in zip(group.ranks, events, strict=True)) / repeats * 1e3)
