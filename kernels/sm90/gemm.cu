@@ -381,9 +381,9 @@ extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(CONSUMERS + 128, 1) g
         barrier_init(tile.full, SLABS * 4);
         barrier_init(tile.empty(), 1);
         fence_barrier_init();
-        barrier_expect(parts_full, (SPLIT - 1) * ((OCTETS - rank + SPLIT - 1) / SPLIT) * OCTET_BYTES);
     }
     __syncthreads();
+    if (threadIdx.x == 0) barrier_expect(parts_full, (SPLIT - 1) * ((OCTETS - rank + SPLIT - 1) / SPLIT) * OCTET_BYTES);
     if constexpr (SPLIT > 1) cluster_arrive_relaxed();
     if (warp < 0) {
         // More than so many threads get at the start, from what the others need not

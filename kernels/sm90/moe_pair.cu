@@ -113,7 +113,7 @@ DEVICE void multiply(Weights& weights, u32 vector, u32 zero, int lane, float (*p
         }
 }
 
-extern __shared__ __align__(128) char shared[];  // the vectors: bf16, K each; then 128 bytes of zeros
+extern __shared__ __align__(128) char shared[];  // the vectors: bf16, K each; then 128 bytes of zeros (down: for each warp)
 
 #if !DOWN
 // Block (pair, slab), slab fastest: 32 features of one pair. It triggers late, so that the next kernel may read the ids
@@ -222,7 +222,7 @@ moe_down(const u16* h, const int* ids, const float* probs, const char* weight, c
     const int rank = blockIdx.x % SPLIT, place = blockIdx.x / SPLIT;
     const int token = place / (ROWS / 16), unit = place % (ROWS / 16), slab = unit / 4;
     const int pair = token * TOP_K + rank * OWN + own;
-    const u32 vector = shared_address(shared) + own * K * 2, zero = shared_address(shared) + OWN * K * 2;
+    const u32 vector = shared_address(shared) + own * K * 2, zero = shared_address(shared) + OWN * K * 2 + tid / 32 * 128;
     const u32 barrier = shared_address(&arrival);
 
     trigger_next();
@@ -231,7 +231,6 @@ moe_down(const u16* h, const int* ids, const float* probs, const char* weight, c
         if (tid == 0 && rank == 0) {
             barrier_init(barrier, 1);
             fence_barrier_init();
-            barrier_expect(barrier, sizeof(received));
         }
         __syncwarp();
         cluster_arrive_relaxed();
@@ -248,7 +247,7 @@ moe_down(const u16* h, const int* ids, const float* probs, const char* weight, c
 #else
     if (tid < 2) copy_16_async(shared_address(&residuals[tid * 8]), residual + place * 16 + tid * 8);
 #endif
-    if (lane < 8) store_shared_16(zero + lane * 16, make_uint4(0, 0, 0, 0));  // every warp, so that none waits for another
+    if (lane < 8) store_shared_16(zero + lane * 16, make_uint4(0, 0, 0, 0));  // every warp its own: none waits for another
 
     wait_for_previous();
 #if PUSH
@@ -299,6 +298,7 @@ moe_down(const u16* h, const int* ids, const float* probs, const char* weight, c
                 store_async(peer_address(shared_address(&received[tid]), 0), peer_address(barrier, 0), make_float2(y, next));
         } else {
             if (SPLIT == 2) {
+                if (tid == 0) barrier_expect(barrier, sizeof(received));
                 barrier_wait(barrier, 0);
                 y += received[tid];
             }

@@ -50,11 +50,12 @@ def down_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch
     (tokens, top_k, inner), push = tensor(operands, "h").shape, "residual" not in operands
     hidden, pairs, columns = tensor(operands, "bias").shape[1], tokens * top_k, cdiv(inner, STAGE_ROWS) * STAGE_ROWS
     blocks = 1 if top_k % 2 else 2
+    warps = PARTS * top_k // blocks
     defines = {"DOWN": 1, "HIDDEN": hidden, "INNER": inner, "TOP_K": top_k, "PUSH": int(push), "TOKENS": tokens}
     args = ("h", "ids", "probs", "weight", "bias", "exchange" if push else "residual", "out0")
     return (cuda_launch("moe_pair.cu", "moe_down", defines, args,
-                        grid=blocks * tokens * (hidden // 16), threads=32 * PARTS * top_k // blocks,
-                        shared=2 * top_k // blocks * columns + 128,
+                        grid=blocks * tokens * (hidden // 16), threads=32 * warps,
+                        shared=2 * top_k // blocks * columns + 128 * warps,
                         moved=tensor(operands, "h").bytes + 4 * tokens * hidden + expert_bytes(operands, pairs),
                         flops=2 * pairs * inner * hidden, promises=("HMMA",),
                         preloads=("ids", "probs", "weight", "bias", *(() if push else ("residual",)))),)
