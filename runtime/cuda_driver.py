@@ -20,7 +20,6 @@ from gptoss_compile.artifact import Artifact
 Bytes = npt.NDArray[np.uint8]
 
 MIN_DRIVER = 12080  # CUDA 12.8, the first whose machine code covers every target; programmatic edges need 12.3
-_PORTABLE_CLUSTER = 8  # blocks; kernels with larger clusters must be allowed them
 _OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
 
@@ -252,10 +251,6 @@ class Device:
             most = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             self.check(self.api.cuFuncSetAttribute(function, most, meta["shared"]),
                        f"giving kernel {name} {meta['shared']} bytes of shared memory")
-        cluster = self.api.cuFuncGetAttribute(attribute.CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_WIDTH, function)
-        if self.check(cluster, f"asking kernel {name} for its cluster") > _PORTABLE_CLUSTER:
-            larger = attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
-            self.check(self.api.cuFuncSetAttribute(function, larger, 1), f"allowing kernel {name} its cluster")
         if carveout >= 0:
             preferred = attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
             self.check(self.api.cuFuncSetAttribute(function, preferred, carveout),

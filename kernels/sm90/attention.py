@@ -13,7 +13,7 @@ from gptoss_compile.target import Target
 
 KEYS = 16  # a block of keys, which a warp takes at once; it never straddles a page
 FEW_BLOCKS = 9  # of keys, which one thread block takes at once: a window of 128
-MAX_CLUSTER = 16  # twice the portable limit: SMs come in groups of 16 or more
+MAX_SPLIT = 32  # blocks that share a pair: a warp puts them together, a lane for each
 REGISTERS = 65536  # of a processor
 SEGMENT = 24  # tokens whose queries of one kv head a block attends for at once: three warpgroups
 MAX_TOKENS = 8192
@@ -41,10 +41,10 @@ def _constants(operands: Mapping[str, Operand], heads: int) -> dict[str, int | f
 
 @dataclass(frozen=True)
 class Split:
-    """How a (token, kv head)'s keys are shared: thread blocks of a cluster; warps of a block; blocks of keys that a warp has
-    in flight; thread blocks that a processor must hold."""
+    """How a (token, kv head)'s keys are shared: among thread blocks; warps of a block; blocks of keys that a warp has in
+    flight; thread blocks that a processor must hold."""
 
-    cluster: int
+    split: int
     warps: int
     depth: int
     resident: int
@@ -54,44 +54,46 @@ def split_of(target: Target, pairs: int, blocks: int) -> Split:
     """For pairs of a token and a kv head with up to so many blocks of keys.
 
     A short window is one thread block's, a warp for each of its up to nine blocks of keys, or, where there are many tokens,
-    for three. Else a cluster shares a pair, as large as it can be without more thread blocks than two for each processor:
-    small ones start beside those of the kernel before, for which one large block would have to wait.
+    for three. Else several share a pair, as many as can be without more than two for each processor: small ones start
+    beside those of the kernel before, for which one large block would have to wait.
     """
     if blocks <= FEW_BLOCKS:
         return Split(1, blocks, 1, 2) if pairs <= target.processors else Split(1, cdiv(blocks, 3), 3, 4)
-    cluster = 1
-    while cluster < MAX_CLUSTER and cluster * pairs <= target.processors:
-        cluster *= 2
-    return Split(cluster, 8, 2, 2)
+    split = 1
+    while split < MAX_SPLIT and split * pairs <= target.processors:
+        split *= 2
+    return Split(split, 8, 2, 2)
 
 
 def splits(target: Target, pairs: int, blocks: int) -> Iterator[Split]:
-    """Those worth measuring: no warp without keys, as many thread blocks on a processor as their registers allow, clusters
+    """Those worth measuring: no warp without keys, as many thread blocks on a processor as their registers allow, splits
     that leave neither most processors idle, if larger ones do not, nor thread blocks waiting."""
-    for cluster, depth in product((1, 2, 4, 8, 16), (1, 2, 3)):
+    for split, depth in product((1, 2, 4, 8, 16, 32), (1, 2, 3, 4)):
         few = {cdiv(blocks, n) for n in (1, 2, 3)} if blocks <= FEW_BLOCKS else {4, 8, 16}
         for warps in sorted(few):
             resident = REGISTERS // (32 * warps * (64 + 32 * depth))  # of a thread: 32 for each block of keys
-            idle = cluster < MAX_CLUSTER and 4 * cluster * pairs < target.processors and 2 * cluster * warps <= blocks
-            waiting = cluster > 1 and cluster * pairs > 2 * target.processors
-            if cluster * warps <= blocks and resident and not idle and not waiting:
-                yield Split(cluster, warps, depth, resident)
+            idle = split < MAX_SPLIT and 4 * split * pairs < target.processors and 2 * split * warps <= blocks
+            waiting = split > 1 and split * pairs > resident * target.processors
+            if split * warps <= blocks and resident and not idle and not waiting:
+                yield Split(split, warps, depth, resident)
 
 
 def decode_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    """One launch for all pairs. Cost: the least, a context of one key."""
+    """One launch for all pairs; blocks that share one meet in slots. Cost: the least, a context of one key."""
     qkv, heads = tensor(operands, "qkv"), _heads(operands)
     constants = _constants(operands, heads)
     tokens, kv_heads = qkv.shape[0], tensor(operands, "cache").shape[2]
     pairs, blocks = tokens * kv_heads, cdiv(int(constants["REACH"]) - 1, KEYS) + 1  # the range need not start with a block
     key = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "window": integer(operands, "window")}
     split = choose(target, "attention_decode", key, split_of(target, pairs, blocks), splits(target, pairs, blocks))
-    constants |= {"CTAS": split.cluster, "WARPS": split.warps, "DEPTH": split.depth, "MIN_BLOCKS": split.resident}
+    constants |= {"SPLIT": split.split, "WARPS": split.warps, "DEPTH": split.depth, "MIN_BLOCKS": split.resident}
     out = TensorSpec((tokens, heads * 64), qkv.dtype)
+    slots = (TensorSpec((pairs, 8, split.split, 66), "fp32"),) if split.split > 1 else ()
     return (cuda_launch(
         "attention_decode.cu", "attention_decode", constants,
-        ("qkv", "cos_sin", "cache", "table", "sequences", "positions", "sinks", "out0"), grid=pairs * split.cluster,
-        threads=32 * split.warps, moved=qkv.bytes + out.bytes, flops=4 * tokens * heads * 64,
+        ("qkv", "cos_sin", "cache", "table", "sequences", "positions", "sinks", "out0", *(("scratch0",) if slots else ())),
+        grid=pairs * split.split, threads=32 * split.warps, scratch=slots, zeroed=tuple(range(len(slots))),
+        moved=qkv.bytes + out.bytes, flops=4 * tokens * heads * 64,
         preloads=("cache", "table", "sequences", "positions", "sinks")),)
 
 

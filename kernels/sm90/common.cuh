@@ -52,6 +52,12 @@ DEVICE u32 load_4(const void* p) {
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(r) : "l"(p) : "memory");
     return r;
 }
+// For words that other blocks of this kernel may be writing: a loop around weak loads may be taken for one of them.
+DEVICE uint2 poll_8(const void* p) {
+    uint2 r;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p) : "memory");
+    return r;
+}
 // What other blocks of this kernel announce: what they wrote before add_release is visible behind a load_acquire that sees
 // it.
 DEVICE int load_acquire(const int* p) {
@@ -138,6 +144,11 @@ DEVICE uint4 rounding_errors(uint4 a, uint4 b, uint4 product) {
 DEVICE float warp_sum(float v) {
 #pragma unroll
     for (int offset = 16; offset; offset /= 2) v += __shfl_xor_sync(~0u, v, offset);
+    return v;
+}
+DEVICE float warp_max(float v) {
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, offset));
     return v;
 }
 // c[16 x 8] += a[16 x 16] b[16 x 8]. Lane 4g + t holds: a0 row g, columns 2t, 2t + 1; a1 row g + 8; a2, a3 the same rows,
@@ -229,10 +240,6 @@ DEVICE void bulk_copy_once(u32 shared, const void* global, int bytes, u32 barrie
                  "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
                  "policy;\n}"
                  ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
-}
-// Brings bytes (a multiple of 16) to the L2.
-DEVICE void prefetch_bulk(const void* global, int bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
 // What this thread stored in shared memory becomes visible to wgmma and bulk copies; a barrier must follow.
 DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -96,7 +96,7 @@ def test_decode_many_tokens(tokens: int, window: int, seed: int) -> None:
 
 
 def test_decode_long(seed: int) -> None:
-    """Several lots of 32 blocks of keys for every warp, in a cluster and alone."""
+    """Several lots of 32 blocks of keys for every warp, of several blocks and of one."""
     torch.manual_seed(seed)
     check_decode([50_003], 0, entries=8192)
     check_decode([9_000, 33, 17_000, 12_345] * 5, 0)

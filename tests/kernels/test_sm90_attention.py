@@ -40,12 +40,12 @@ def _launch(op: str, given: dict[str, Any]) -> Launch:
 
 
 def shape(launch: Launch) -> tuple[int, int, int]:
-    """(blocks, blocks a cluster, threads)."""
+    """(blocks, blocks that share a pair, threads)."""
     assert isinstance(launch.source, CudaSource)
-    return launch.grid[0], int(dict(launch.source.defines)["CTAS"]), launch.source.threads
+    return launch.grid[0], int(dict(launch.source.defines)["SPLIT"]), launch.source.threads
 
 
-def test_clusters_give_every_processor_one_block_or_two() -> None:
+def test_every_processor_has_a_block_or_two() -> None:
     assert [shape(decode(t, 0)) for t in (1, 2, 3, 8, 16, 256)] == [
         (128, 16, 256), (256, 16, 256), (192, 8, 256), (256, 4, 256), (256, 2, 256), (2048, 1, 256)]
     assert [shape(decode(t, 128)) for t in (1, 16, 256)] == [(8, 1, 288), (128, 1, 288), (2048, 1, 96)]

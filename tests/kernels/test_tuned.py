@@ -142,7 +142,7 @@ def test_splits_of_attention(pairs: int, blocks: int) -> None:
     found = list(attention.splits(SM90, pairs, blocks))
     assert len(set(found)) == len(found) < 40
     for split in found:
-        assert split.cluster * split.warps <= blocks and split.resident * split.warps <= 64
+        assert split.split * split.warps <= blocks and split.resident * split.warps <= 64
     if blocks >= 16 * 8:
         assert attention.split_of(SM90, pairs, blocks) in found
 
