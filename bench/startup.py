@@ -43,7 +43,11 @@ def main() -> int:
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)  # in the process that is measured
     options = parser.parse_args()
     if options.started is not None:
-        print(json.dumps(measure(options.artifacts[0], options.tp, options.max_num_seqs, options.started)))
+        try:
+            print(json.dumps(measure(options.artifacts[0], options.tp, options.max_num_seqs, options.started)))
+        except (ValueError, OSError) as error:
+            print(f"startup: error: {error}", file=sys.stderr)
+            return 2
         return 0
     results = []
     for path in options.artifacts:
@@ -51,7 +55,7 @@ def main() -> int:
         command += [] if options.tp is None else [f"--tp={options.tp}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            print(done.stderr, file=sys.stderr)
+            print(done.stderr.strip(), file=sys.stderr)
             results.append({"artifact": path.name, "error": done.stderr.strip().splitlines()[-1]})
             continue
         results.append(json.loads(done.stdout))

@@ -56,9 +56,13 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--temperature", type=float, default=0.0)
     options = parser.parse_args()
-    artifact = open_artifact(options.artifact, options.tp)
     sequences = max(options.batches)
-    executor = CudaExecutor.load(artifact, num_pages=None, max_num_seqs=sequences)
+    try:
+        artifact = open_artifact(options.artifact, options.tp)
+        executor = CudaExecutor.load(artifact, num_pages=None, max_num_seqs=sequences)
+    except (ValueError, OSError) as error:
+        print(f"steps: error: {error}", file=sys.stderr)
+        return 2
     engine = TimedEngine(executor, max_num_seqs=sequences, max_num_batched_tokens=max(b.tokens for b in artifact.buckets))
     engine.start()
     print(f"{artifact.path.name} on {executor.device_name}, context {options.context}, temperature {options.temperature:g}")

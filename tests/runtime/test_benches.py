@@ -109,6 +109,16 @@ def test_steps_that_the_context_does_not_hold(artifact: Artifact, driver: NullDr
     assert not driver.blocks, "everything was given back"
 
 
+@pytest.mark.parametrize("name", ["decode", "prefill", "kernels", "startup", "steps", "collectives"])
+def test_an_artifact_that_is_not_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    module = bench(name, monkeypatch)
+    monkeypatch.setattr(module, "matmul", lambda: None, raising=False)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", str(tmp_path / "none")])
+    assert module.main() > 0
+    assert capsys.readouterr().err.startswith(f"{name}: error: {tmp_path / 'none'}")
+
+
 def test_host(monkeypatch: pytest.MonkeyPatch) -> None:
     module = bench("host", monkeypatch)
     assert all(us > 0 for consumers in (False, True) for us in module.measure(3, 100, 5, consumers))
