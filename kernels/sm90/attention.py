@@ -15,7 +15,8 @@ KEYS = 16  # a block of keys, which a warp takes at once; it never straddles a p
 FEW_BLOCKS = 9  # of keys, which one thread block takes at once: a window of 128
 MAX_SPLIT = 32  # blocks that share a pair: a warp puts them together, a lane for each
 REGISTERS = 65536  # of a processor
-SEGMENT = 24  # tokens whose queries of one kv head a block attends for at once: three warpgroups
+SEGMENTS = {24: (160, 32), 16: (232, 40)}  # registers of threads that compute and of those that copy, by length
+STAGES = 6  # blocks of keys or values that are on their way to a thread block or in it
 MAX_TOKENS = 8192
 
 
@@ -103,23 +104,41 @@ def _extends(target: Target, operands: Mapping[str, Operand]) -> bool:
     return _supports(target, operands, heads) and heads == 8 * tensor(operands, "cache").shape[2] and tokens <= MAX_TOKENS
 
 
-def extend_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
-    """A block a processor. A window's items have few keys, so smaller blocks of keys waste less.
+@dataclass(frozen=True)
+class Tiling:
+    """How prompts are cut: the tokens whose queries of one kv head a thread block attends for at once, eight a warpgroup,
+    and the keys that it takes at a time."""
 
-    Cost: half of the tokens' own sequence, the least a prompt's chunk can mean.
-    """
-    q = tensor(operands, "q")
+    segment: int
+    block: int
+
+
+def tiling_of(reach: int) -> Tiling:
+    """Long segments read keys seldom. A window's have few keys, so smaller blocks of keys waste less."""
+    return Tiling(24, 64 if reach <= 512 else 128)
+
+
+def tilings() -> Iterator[Tiling]:
+    """Those worth measuring: where a step has few items, shorter segments may leave fewer thread blocks without one."""
+    return (Tiling(segment, block) for segment, block in product(SEGMENTS, (64, 128)))
+
+
+def extend_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Launch, ...]:
+    """A block a processor. Cost: half of the tokens' own sequence, the least a prompt's chunk can mean."""
+    q, window = tensor(operands, "q"), integer(operands, "window")
     tokens, heads, dim = q.shape
     constants = _constants(operands, heads)
     keys, kv_heads = min(tokens, int(constants["REACH"])), int(constants["KV"])
-    block, stages = (64, 6) if int(constants["REACH"]) <= 512 else (128, 6)
-    constants |= {"TOKENS": tokens, "SEGMENT": SEGMENT, "BLOCK": block, "STAGES": stages, "REGISTERS": 160,
-                  "COPIER_REGISTERS": 32, "GRID": min(target.processors, tokens * kv_heads)}
-    shared = 2 * SEGMENT * 8 * 2 * dim + stages * block * 2 * dim + 6 * tokens + 4
+    key = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "window": window}
+    tiling = choose(target, "attention_extend", key, tiling_of(int(constants["REACH"])), tilings())
+    registers, of_copier = SEGMENTS[tiling.segment]
+    constants |= {"TOKENS": tokens, "SEGMENT": tiling.segment, "BLOCK": tiling.block, "STAGES": STAGES,
+                  "REGISTERS": registers, "COPIER_REGISTERS": of_copier, "GRID": min(target.processors, tokens * kv_heads)}
+    shared = 2 * tiling.segment * 8 * 2 * dim + STAGES * tiling.block * 2 * dim + 6 * tokens + 4
     return (cuda_launch(
         "attention_extend.cu", "attention_extend", constants,
         ("q", "cache", "table", "sequences", "positions", "sinks", "out0"), grid=int(constants["GRID"]),
-        threads=16 * SEGMENT + 128, shared=shared, moved=2 * q.bytes + keys * 2 * q.bytes // tokens,
+        threads=16 * tiling.segment + 128, shared=shared, moved=2 * q.bytes + keys * 2 * q.bytes // tokens,
         flops=2 * tokens * heads * dim * keys, promises=("HGMMA",), preloads=("sequences", "positions")),)
 
 

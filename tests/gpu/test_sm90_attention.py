@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gptoss_compile.kernels.attention import attention, rope_kv_attention
+from gptoss_compile.kernels.tuned import trying
 
 from .harness import device, error, run_kernel
 
@@ -171,6 +172,19 @@ def test_extend_late_chunk(window: int, seed: int) -> None:
     torch.manual_seed(seed)
     check_extend([(6001, 700)], window, padding=3)
     check_extend([(100, 3), (5000, 1)], window, padding=1)
+
+
+@pytest.mark.parametrize("window", [0, WINDOW])
+def test_extend_other_tilings(window: int, seed: int) -> None:
+    """All that the tuner may choose."""
+    torch.manual_seed(seed)
+    chunks = [(0, 1), (5, 40), (1000, 30), (126, 5), (3000, 129), (0, 49)]
+    with trying({}) as seen:
+        check_extend(chunks, window, padding=3)
+    ((name, choice),) = ((name, choice) for name, choice in seen.items() if name[0] == "attention_extend")
+    for candidate in choice.candidates[1:]:
+        with trying({name: candidate}):
+            check_extend(chunks, window, padding=3)
 
 
 @pytest.mark.parametrize("page", [32, 128])

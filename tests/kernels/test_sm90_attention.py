@@ -10,6 +10,7 @@ import pytest
 from gptoss_compile.build import build_all, key_of
 from gptoss_compile.kernels.registry import SPECS
 from gptoss_compile.kernels.spec import CudaSource, Launch, TensorSpec
+from gptoss_compile.kernels.tuned import trying
 from gptoss_compile.lint import check_all
 from gptoss_compile.target import Target
 
@@ -39,6 +40,17 @@ def _launch(op: str, given: dict[str, Any]) -> Launch:
     return launch
 
 
+def other_tilings(tokens: int, window: int) -> list[Launch]:
+    with trying({}) as seen:
+        extend(tokens, window)
+    ((name, choice),) = seen.items()
+    found = []
+    for candidate in choice.candidates[1:]:
+        with trying({name: candidate}):
+            found.append(extend(tokens, window))
+    return found
+
+
 def shape(launch: Launch) -> tuple[int, int, int]:
     """(blocks, blocks that share a pair, threads)."""
     assert isinstance(launch.source, CudaSource)
@@ -61,7 +73,7 @@ def test_what_they_do_not_support_goes_to_triton() -> None:
 @pytest.mark.slow
 def test_they_compile_and_keep_their_contract(tmp_path: Path) -> None:
     launches = [*(decode(t, w) for t in (1, 2, 4, 32) for w in ENTRIES), decode(3, 0, page=128),
-                *(extend(t, w) for t in (16, 512) for w in ENTRIES)]
+                *(extend(t, w) for t in (16, 512) for w in ENTRIES), *other_tilings(8192, 0), *other_tilings(512, 128)]
     binaries = build_all([launch.source for launch in launches], SM90, tmp_path)
     pairs = [(launch, binaries[key_of(launch.source, SM90)]) for launch in launches]
     assert check_all(pairs, SM90) == []

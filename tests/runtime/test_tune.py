@@ -202,14 +202,14 @@ CONFIG_20B = Path(__file__).parent.parent / "checkpoint" / "data" / "config-20b.
 @pytest.mark.parametrize(("bucket", "wanted"), [
     (Bucket.decode(1), {"step": 1, "gemv": 3, "attention_decode": 2}),
     (Bucket.decode(64), {"step": 1, "gemm": 3, "attention_decode": 2, "moe_grouped": 1}),
-    (Bucket.extend(256, 4, 4), {"step": 1, "gemm": 2, "gemv": 1, "moe_grouped": 1})], ids=str)
+    (Bucket.extend(256, 4, 4), {"step": 1, "gemm": 2, "gemv": 1, "attention_extend": 2, "moe_grouped": 1})], ids=str)
 def test_choices_of_the_published_shapes(bucket: Bucket, wanted: dict[str, int], table: Path) -> None:
     config = replace(parse_config(CONFIG_20B, "mxfp4"), num_layers=2, windowed=(True, False))
     job = Job(config, Request(SM90, "random:0", (DECODE, Bucket.decode(64), Bucket.extend(256, 4, 4))))
     variants = Variants(job, bucket, Kernels(SM90))
     assert Counter(kernel for kernel, _ in variants.choices) == wanted
     assert all(len(choice.candidates) > 1 and choice.taken == choice.rule for choice in variants.choices.values())
-    attention = [variants.steps[name] for name in variants.choices if name[0] == "attention_decode"]
+    attention = [variants.steps[name] for name in variants.choices if name[0].startswith("attention_")]
     assert all(len(steps) == 1 for steps in attention), "a window layer and a full one choose apart"
 
 
