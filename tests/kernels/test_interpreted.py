@@ -20,14 +20,6 @@ from gptoss_compile.kernels.interpret import interpret
 from gptoss_compile.kernels.norm_linear import FEW_TOKENS
 
 
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
-
-
 def copied(operands: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in operands.items()}
 

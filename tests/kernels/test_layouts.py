@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,14 +11,6 @@ from gptoss_compile.kernels.layouts import REFERENCES
 from gptoss_compile.launch_plan import LARGEST_SCALE, Layout
 
 VALUE, LEFT_OVER = 0x81C081C0, 0x60306030
-
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
 
 
 def experts(count: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:

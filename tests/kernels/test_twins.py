@@ -19,15 +19,6 @@ from gptoss_compile.kernels.quantize import mxfp8_quantize
 ops = torch.ops.gptoss
 
 
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    value = random.SystemRandom().randrange(2**31)
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    random.seed(value)
-    return value
-
-
 def close(got: Tensor, want: np.ndarray, tolerance: float = 2e-5) -> None:
     assert got.shape == want.shape
     assert np.abs(got.double().numpy() - want).max() <= tolerance * max(1.0, np.abs(want).max())
