@@ -30,7 +30,7 @@ import numpy as np
 from gptoss_compile.config import Bucket, ModelConfig
 from gptoss_compile.paths import Progress, atomic_directory, cache_dir, hash_files
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer/o200k_base.tiktoken"
 # One weight of a plan: {"name", "dtype", "shape"} and either "parts" (logical weights, concatenated along
