@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu import NEAR_TIE, cosines
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import Bucket
@@ -41,7 +42,6 @@ KINDS = ("attention", "router's weights", "router's choice", "experts")
 STREAMS = ("linear_residual", "reduce_norm_linear", "moe_down", "moe_grouped", "moe_grouped_mx")  # they give the new stream
 DECODE = Bucket.decode(1)
 LEAST = 0.9999  # of the cosines' mean over a block's tokens
-NEAR_TIE = 0.05  # of two router logits (whose variance is one): bf16 rounds them to 2^-8 of themselves
 TIE = 6
 
 
@@ -202,18 +202,17 @@ def block_rows(tokens: str, one: Run, several: Run) -> list[dict[str, Any]]:
         mine, theirs = one[at : at + len(KINDS)], several[at : at + len(KINDS)]
         differ = routed_otherwise(mine[2], theirs[2])
         gaps = [gap(mine[1][t], mine[2][t], theirs[1][t], theirs[2][t]) for t in differ]
-        rows.append({"tokens": tokens, "block": name(at), **cosines(mine[0], theirs[0])})
-        rows.append({"tokens": tokens, "block": name(at + 3), **cosines(mine[3], theirs[3]),
+        rows.append({"tokens": tokens, "block": name(at), **likeness(mine[0], theirs[0])})
+        rows.append({"tokens": tokens, "block": name(at + 3), **likeness(mine[3], theirs[3]),
                      "differ": len(differ), "gap": float(np.max([0, *gaps]))})
     rows[-1]["block"] += " and head"
     return rows
 
 
-def cosines(one: Array, several: Array) -> dict[str, float]:
-    """Of streams in bf16 or logits, token by token."""
-    a, b = ((widen_bf16(v) if v.dtype == np.uint16 else v).astype(np.float64) for v in (one, several))
-    cosine = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
-    return {"mean": float(cosine.mean()), "least": float(cosine.min())}
+def likeness(one: Array, several: Array) -> dict[str, float]:
+    """The tokens' cosines, of streams in bf16 or of logits."""
+    found = cosines(*(widen_bf16(v) if v.dtype == np.uint16 else v for v in (one, several)))
+    return {"mean": float(found.mean()), "least": float(found.min())}
 
 
 def routed_otherwise(one: Array, several: Array) -> Array:

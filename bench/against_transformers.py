@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from gpu import NEAR_TIE, cosines
 
 from gptoss_compile.artifact import Artifact
 from gptoss_compile.config import ModelConfig
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 PIECE = 1 << 26  # words of random weights at a time
-NEAR_TIE = 0.05  # of two router logits (whose variance is one): bf16 rounds them to 2^-8 of themselves
 
 
 def main() -> int:
@@ -178,8 +178,7 @@ def compare(artifact: Artifact, tokens: Array, wanted: dict[str, Array]) -> dict
 
 
 def layer_row(layer: int, stream: Array, chosen: Array, wanted: dict[str, Array]) -> dict[str, Any]:
-    ours, theirs = stream.astype(np.float64), wanted["hidden"][layer].astype(np.float64)
-    cosine = (ours * theirs).sum(1) / np.maximum(np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1), 1e-30)
+    cosine = cosines(stream, wanted["hidden"][layer])
     router = wanted["router"][layer]
     best = np.argsort(-router, axis=1, kind="stable")[:, : chosen.shape[1]]
     differ = [t for t in range(len(chosen)) if set(chosen[t]) != set(best[t])]

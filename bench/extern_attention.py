@@ -67,7 +67,9 @@ def compare(executor: CudaExecutor, theirs: Artifact, bucket: Bucket, lengths: l
     kinds: dict[int, list[int]] = {}  # window: numbers of steps
     for number, step in enumerate(plans[1].steps):
         if any(isinstance(launch, Extern) for launch in step.launches):
-            kinds.setdefault(int(step.operands["window"]), []).append(number)  # type: ignore[arg-type]
+            window = step.operands["window"]
+            assert isinstance(window, int), window
+            kinds.setdefault(window, []).append(number)
     files = {path.name: path.read_bytes() for path in (theirs.path / "kernels").iterdir()}
     rows = []
     for length in lengths:

@@ -21,6 +21,7 @@ from gptoss_compile.runtime.graphs import AnyPrepared, make_launch
 from gptoss_compile.runtime.rank_cuda import Rank
 from gptoss_compile.runtime.timing import Inputs, replays_for, time_replays
 
+Array = np.ndarray[Any, Any]
 EXPERT_WEIGHTS = {f"{at}{kind}" for at in ("weight", "up", "down") for kind in ("", "_scales", "_bias")} | {"scales", "bias"}
 
 
@@ -69,6 +70,18 @@ def open_artifact(path: Path, ranks: int | None) -> Artifact:
     if ranks is not None and artifact.ranks != ranks:
         raise ValueError(f"--tp {ranks}: it was compiled for {artifact.ranks}")
     return artifact
+
+
+# Two runs of a model ------------------------------------------------------------------------------------------------
+
+NEAR_TIE = 0.05  # of two router logits (whose variance is one): bf16 rounds them to 2^-8 of themselves
+
+
+def cosines(one: Array, other: Array) -> Array:
+    """Between the rows of two arrays, in fp64."""
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    found: Array = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
+    return found
 
 
 # The yardstick ------------------------------------------------------------------------------------------------------

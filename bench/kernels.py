@@ -97,20 +97,20 @@ def measure(path: Path, wanted: Sequence[str] | None, context: int) -> dict[str,
     return result
 
 
-def dense_shapes(plan: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+def dense_shapes(plan: Mapping[str, Any]) -> list[tuple[int, ...]]:
     """(tokens, outputs, inputs) of the plan's dense products."""
     return [(step["outputs"][0]["shape"][0], *step["operands"]["weight"]["shape"]) for step in plan["steps"]
             if step["op"] in DENSE]
 
 
-def cublas(shapes: Sequence[tuple[int, int, int]]) -> dict[tuple[int, int, int], float]:
+def cublas(shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
     """Microseconds of each product; empty without PyTorch."""
     done = subprocess.run([sys.executable, "-c", CUBLAS, json.dumps(shapes)], capture_output=True, text=True)
     return dict(zip(shapes, json.loads(done.stdout), strict=True)) if done.returncode == 0 else {}
 
 
 def shares(executor: CudaExecutor, bucket: Bucket, context: int,
-           rivals: Mapping[tuple[int, int, int], float]) -> dict[str, Any]:
+           rivals: Mapping[tuple[int, ...], float]) -> dict[str, Any]:
     """What each operator's kernels cost in the bucket's step. Microseconds a call."""
     inputs = step_inputs(executor, bucket, context)
     config, steps = executor.config, executor.plans[bucket].steps
@@ -131,7 +131,7 @@ def shares(executor: CudaExecutor, bucket: Bucket, context: int,
         found.append({"op": op, "kernel": calls[0].kernel, "count": len(calls), "us": round(us / len(calls), 2),
                       "share": round(us / whole / 1e3, 4), "tb_s": round(moved / us / 1e6, 2) if us > 0 else None,
                       "tflop_s": round(flops / us / 1e6, 1) if us > 0 else None,
-                      "cublas_us": rivals.get(shape) if op in DENSE else None})  # type: ignore[arg-type]
+                      "cublas_us": rivals.get(shape) if op in DENSE else None})
     return {"bucket": bucket.name, "ms": round(whole, 4), "ops": found}
 
 

@@ -22,13 +22,12 @@ from torch import Tensor, fx
 
 from gptoss_compile.dialect import OPS, op_name
 from gptoss_compile.kernels.exchange import FEW_TOKENS, FLAGS_BYTES, HEADER_BYTES, ONE_SHOT_TOKENS
-from gptoss_compile.launch_plan import LaunchPlan, Operand, Place
+from gptoss_compile.launch_plan import EXCHANGED, LaunchPlan, Operand, Place
 from gptoss_compile.memory import Lifetime, align, assign
 from gptoss_compile.trace import DTYPE_NAMES
 
 Buffer = tuple[fx.Node, int]  # a call and which of its outputs
 HEADER = Operand("exchange", 0, "u8", (HEADER_BYTES,))
-PLACES = ("exchange", "slots", "shares")
 RESERVED = ("exchange", "flags")  # what launches call the header, and the flags of their step
 
 
@@ -100,7 +99,7 @@ def check_equal(plans: Sequence[LaunchPlan]) -> None:
     for plan in plans[1:]:
         for number, (step, first) in enumerate(zip(plan.steps, plans[0].steps, strict=True)):
             for index, (out, wanted) in enumerate(zip(step.outputs, first.outputs, strict=True)):
-                mine, same = ((o.place, o.key) if o.place in PLACES else "elsewhere" for o in (out, wanted))
+                mine, same = ((o.place, o.key) if o.place in EXCHANGED else "elsewhere" for o in (out, wanted))
                 assert mine == same, (f"{plan.bucket}: output {index} of step {number} ({step.op}) is at {mine} on rank "
                                       f"{plan.rank} and at {same} on rank {plans[0].rank}")
         assert plan.exchange_bytes == plans[0].exchange_bytes, f"{plan.bucket}: exchange areas of unequal sizes"

@@ -18,13 +18,13 @@ from torch import Tensor, fx
 
 from gptoss_compile.dialect import OPS, exchanged, op_name
 from gptoss_compile.kernels import registry  # noqa: F401  declares the kernel operators
-from gptoss_compile.launch_plan import LaunchPlan, Operand, Step
+from gptoss_compile.launch_plan import EXCHANGED, LaunchPlan, Operand, Step
 from gptoss_compile.trace import DTYPES
 
 Tensors = Mapping[str, Tensor]
 Watch = Callable[[int, Step, list[Tensor]], None]
 RankWatch = Callable[[int, int, Step, list[Tensor]], None]
-MEMORY = ("arena", "exchange", "slots", "shares")  # places of intermediates
+MEMORY = ("arena", *EXCHANGED)  # places of intermediates
 
 
 def run_graph(graph: fx.Graph, tensors: Tensors) -> tuple[Tensor, ...]:

@@ -17,6 +17,9 @@ ITEM_BYTES = {"bf16": 2, "fp32": 4, "i32": 4, "u8": 1}
 LAYOUTS = "plans/layouts.json"  # in artifacts whose kernels want weights laid out: the launch for each kind of layout
 RANDOM_WEIGHTS = "plans/random_weights.json"  # in artifacts with random weights for a GPU: the launch that makes them
 LARGEST_SCALE = 128  # e8m0, in MXFP4 layouts: 2^1 · 6, far beyond any weight; those above have no bf16 multiplier
+TILE = 64  # rows and columns of a tile or slab of `kernels.layouts`
+SLABS = 3  # of a stage, and stages that three warps of `moe_pair` share
+SLAB_BYTES = 2176
 ALIGNMENT = 256  # bytes; every buffer of the arena starts at a multiple
 HEADER_BYTES = 256  # what an exchange area begins with, see `kernels.exchange`
 FLAGS_BYTES = 256  # of one exchange
@@ -73,12 +76,13 @@ class Layout:
         """Of the laid out weight. shape: of the first source."""
         if self.kind == "tiles":
             rows, columns = shape
-            return -(-rows // 64) * 64 * columns * 2
+            return -(-rows // TILE) * TILE * columns * 2
         experts, rows, blocks, _ = shape
-        return experts * (rows // 64) * (-(-blocks // 6) * 3) * 2176
+        return experts * (rows // TILE) * (-(-blocks * 32 // (SLABS * TILE)) * SLABS) * SLAB_BYTES
 
 
 Place = Literal["arena", "workspace", "exchange", "slots", "shares", "input", "weight", "cache", "state"]
+EXCHANGED: tuple[Place, ...] = ("exchange", "slots", "shares")  # in the area that all ranks read and write
 
 
 @dataclass(frozen=True)

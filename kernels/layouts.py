@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-TILE = 64  # rows and columns
-SLABS = 3  # of a stage, and stages that three warps of `moe_pair` share
-SLAB_BYTES = 2176
+from gptoss_compile.launch_plan import SLAB_BYTES, SLABS, TILE
+
 _ROTATIONS = (0, 6, 12, 2, 0, 6, 12, 8)
 _PLACES = (6, 7, 8, 15)  # of a value's four bits, lowest first, in a half of a register
 

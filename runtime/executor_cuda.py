@@ -213,8 +213,9 @@ class CudaExecutor:
                         self.synchronize(f"running {launch.label}")
             if self._exchange:
                 self.synchronize(f"running {self.ranks[0].launches[bucket][number][0].label}")
-            for rank in self.ranks if watch else ():
-                watch(rank.number, number, rank.plans[bucket].steps[number])  # type: ignore[misc]
+            if watch:
+                for rank in self.ranks:
+                    watch(rank.number, number, rank.plans[bucket].steps[number])
             for rank in self.ranks:
                 rank.free(rank.plans[bucket].steps[number])
         result: Floats = self.read(bucket, self.plans[bucket].logits)

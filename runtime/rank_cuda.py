@@ -12,7 +12,7 @@ import numpy as np
 
 from gptoss_compile.artifact import Artifact, plan_file
 from gptoss_compile.config import Bucket
-from gptoss_compile.launch_plan import Extern, LaunchPlan, Operand, Step
+from gptoss_compile.launch_plan import EXCHANGED, Extern, LaunchPlan, Operand, Step
 from gptoss_compile.runtime.cuda_driver import Bytes, CudaError, Device, load_kernel
 from gptoss_compile.runtime.graphs import AnyPrepared, Graph, Loaded, prepare
 from gptoss_compile.runtime.libraries import load_function
@@ -117,7 +117,7 @@ class Rank:
             return self._arena + int(operand.key)
         if operand.place == "workspace":
             return self._workspace + int(operand.key)
-        if operand.place in ("exchange", "slots", "shares"):
+        if operand.place in EXCHANGED:
             return self.areas[self.number] + int(operand.key)
         if operand.place == "input":
             return self.inputs[bucket][str(operand.key)]

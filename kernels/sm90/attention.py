@@ -11,6 +11,7 @@ from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, TensorSpec
 from gptoss_compile.kernels.tuned import choose
 from gptoss_compile.target import Target
 
+DIM, GROUP = 64, 8  # of a head; query heads a kv head, at most
 KEYS = 16  # a block of keys, which a warp takes at once; it never straddles a page
 FEW_BLOCKS = 9  # of keys, which one thread block takes at once: a window of 128
 MAX_SPLIT = 32  # blocks that share a pair: a warp puts them together, a lane for each
@@ -23,8 +24,8 @@ MAX_TOKENS = 8192
 def _supports(target: Target, operands: Mapping[str, Operand], heads: int) -> bool:
     """Heads of 64 dims in bf16, at most eight query heads a kv head, pages of whole blocks of keys."""
     _, _, kv_heads, page, dim = tensor(operands, "cache").shape
-    return (target.name == "sm90" and tensor(operands, "cache").dtype == "bf16" and dim == 64 and heads % kv_heads == 0
-            and heads // kv_heads <= 8 and page % KEYS == 0)
+    return (target.name == "sm90" and tensor(operands, "cache").dtype == "bf16" and dim == DIM and heads % kv_heads == 0
+            and heads // kv_heads <= GROUP and page % KEYS == 0)
 
 
 def _heads(operands: Mapping[str, Operand]) -> int:
@@ -86,22 +87,22 @@ def decode_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Laun
     tokens, kv_heads = qkv.shape[0], tensor(operands, "cache").shape[2]
     pairs, blocks = tokens * kv_heads, cdiv(int(constants["REACH"]) - 1, KEYS) + 1  # the range need not start with a block
     key = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "window": integer(operands, "window")}
-    split = choose(target, "attention_decode", key, split_of(target, pairs, blocks), splits(target, pairs, blocks))
-    constants |= {"SPLIT": split.split, "WARPS": split.warps, "DEPTH": split.depth, "MIN_BLOCKS": split.resident}
-    out = TensorSpec((tokens, heads * 64), qkv.dtype)
-    slots = (TensorSpec((pairs, 8, split.split, 66), "fp32"),) if split.split > 1 else ()
+    chosen = choose(target, "attention_decode", key, split_of(target, pairs, blocks), splits(target, pairs, blocks))
+    constants |= {"SPLIT": chosen.split, "WARPS": chosen.warps, "DEPTH": chosen.depth, "MIN_BLOCKS": chosen.resident}
+    out = TensorSpec((tokens, heads * DIM), qkv.dtype)
+    slots = (TensorSpec((pairs, GROUP, chosen.split, DIM + 2), "fp32"),) if chosen.split > 1 else ()
     return (cuda_launch(
         "attention_decode.cu", "attention_decode", constants,
         ("qkv", "cos_sin", "cache", "table", "sequences", "positions", "sinks", "out0", *(("scratch0",) if slots else ())),
-        grid=pairs * split.split, threads=32 * split.warps, scratch=slots, zeroed=tuple(range(len(slots))),
-        moved=qkv.bytes + out.bytes, flops=4 * tokens * heads * 64,
+        grid=pairs * chosen.split, threads=32 * chosen.warps, scratch=slots, zeroed=tuple(range(len(slots))),
+        moved=qkv.bytes + out.bytes, flops=4 * tokens * heads * DIM,
         preloads=("cache", "table", "sequences", "positions", "sinks")),)
 
 
 def _extends(target: Target, operands: Mapping[str, Operand]) -> bool:
     """Eight query heads a kv head, which fill the tiles; steps whose segments' starts fit in shared memory."""
-    tokens, heads, _ = tensor(operands, "q").shape
-    return _supports(target, operands, heads) and heads == 8 * tensor(operands, "cache").shape[2] and tokens <= MAX_TOKENS
+    (tokens, heads, _), kv_heads = tensor(operands, "q").shape, tensor(operands, "cache").shape[2]
+    return _supports(target, operands, heads) and heads == GROUP * kv_heads and tokens <= MAX_TOKENS
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def extend_launch(target: Target, operands: Mapping[str, Operand]) -> tuple[Laun
     registers, of_copier = SEGMENTS[tiling.segment]
     constants |= {"TOKENS": tokens, "SEGMENT": tiling.segment, "BLOCK": tiling.block, "STAGES": STAGES,
                   "REGISTERS": registers, "COPIER_REGISTERS": of_copier, "GRID": min(target.processors, tokens * kv_heads)}
-    shared = 2 * tiling.segment * 8 * 2 * dim + STAGES * tiling.block * 2 * dim + 6 * tokens + 4
+    shared = 2 * tiling.segment * GROUP * 2 * dim + STAGES * tiling.block * 2 * dim + 6 * tokens + 4
     return (cuda_launch(
         "attention_extend.cu", "attention_extend", constants,
         ("q", "cache", "table", "sequences", "positions", "sinks", "out0"), grid=int(constants["GRID"]),

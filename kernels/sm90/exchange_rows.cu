@@ -1,11 +1,11 @@
 // out[i] = residual[row] + the sum of the ranks' partial[row], in rank order in fp32, rounded once; row = i, with GATHER
 // rows[i].
 //
-// Macros: ROWS of out, TOKENS of partial, COLUMNS (a multiple of 8), GATHER; CHUNKS of 8 columns that a thread has in flight of TOGETHER ranks;
-// THREADS, MIN_BLOCKS. PUSHED: partial lies in shares. SHARE: each rank sums its share of the rows, which has been pushed to
-// it, and stores them in out on every rank, where it is in the exchange area; with DONE the kernel ends when all have, and
-// without it a later one does. Else each sums all rows for itself, and partial must last until the step ends, since peers may
-// still read it.
+// Macros: ROWS of out, TOKENS of partial, COLUMNS (a multiple of 8), GATHER; CHUNKS of 8 columns that a thread has in flight
+// of TOGETHER ranks; THREADS, MIN_BLOCKS. PUSHED: partial lies in shares. SHARE: each rank sums its share of the rows, which
+// has been pushed to it, and stores them in out on every rank, where it is in the exchange area; with DONE the kernel ends
+// when all have, and without it a later one does. Else each sums all rows for itself, and partial must last until the step
+// ends, since peers may still read it.
 #include "exchange.cuh"
 
 constexpr int ROW_CHUNKS = COLUMNS / 8;

@@ -364,6 +364,7 @@ extern "C" __global__ void CLUSTER_SHAPE __launch_bounds__(CONSUMERS + 128, 1) g
     const u32 parts_full = barriers + (2 * WEIGHT_STAGES + 2 * TOKEN_STAGES) * 8;
     const Tile tile{base + TILE_AT, parts_full + 8};
 #if PUSH
+    static_assert(sizeof(Header) == BARRIERS_AT - HEADER_AT, "kernels/sm90/gemm.py disagrees");
     Header& known = *(Header*)(memory + HEADER_AT);
     copy_header(known, header);
     wait_for_copies();

@@ -19,7 +19,7 @@ AHEAD_BYTES = 57344  # of tokens requested at a time, if their steps are few
 # A model of an H100's time, in clocks, from measurements of gemm.cu
 LOAD_RATE = 56  # bytes a clock into one SM
 MEMORY_RATE = 1800  # bytes a clock from device memory into all
-HEADER_BYTES = 96  # what gemm.cu copies of an exchange area's header
+HEADER_COPY_BYTES = 96  # what gemm.cu keeps of an exchange area's header
 EXCHANGE_RATE = 12  # bytes a clock from the other blocks of a cluster
 EXCHANGE_CYCLES = 1500
 STORE_CYCLES = 2000  # a tile's start and end, besides 4 a token
@@ -102,7 +102,7 @@ class PushShape(Shape):
 
     @property
     def tile_bytes(self) -> int:
-        return self.slabs * self.width * 128 + HEADER_BYTES
+        return self.slabs * self.width * 128 + HEADER_COPY_BYTES
 
 
 def shapes(target: Target, tokens: int, features: int, inner: int, kind: type[Shape] = Shape) -> Iterator[Shape]:

@@ -24,7 +24,7 @@ from gptoss_compile.kernels import embed
 from gptoss_compile.kernels.exchange import FEW_TOKENS, FLAGS_BYTES, HEADER_BYTES, ONE_SHOT_TOKENS
 from gptoss_compile.kernels.registry import SPECS
 from gptoss_compile.kernels.spec import KernelSpec, Launch, Operand, Pdl, TensorSpec
-from gptoss_compile.launch_plan import LaunchPlan, Step
+from gptoss_compile.launch_plan import EXCHANGED, LaunchPlan, Step
 from gptoss_compile.launch_plan import Operand as Placed
 from gptoss_compile.memory import align
 from gptoss_compile.passes import select_kernels
@@ -98,7 +98,7 @@ def in_area(plan: LaunchPlan) -> dict[tuple[int, int], tuple[int, int, int, int]
     found, free = {}, 0
     for number, step in enumerate(plan.steps):
         for index, out in enumerate(step.outputs):
-            if out.place in ("exchange", "slots", "shares"):
+            if out.place in EXCHANGED:
                 row = out.bytes // out.shape[0]
                 size = {"slots": plan.ranks * 2 * out.bytes, "exchange": out.bytes,
                         "shares": plan.ranks * -(-out.shape[0] // plan.ranks) * row}[out.place]
