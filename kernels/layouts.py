@@ -59,7 +59,15 @@ def _source_bit(register: int, place: int) -> int:
 
 
 def _slabs(name: str, blocks: Tensor, scales: Tensor) -> Tensor:
-    """[E, N/192, K'/64, 3, 2176] u8 of blocks [E, N, K/32, 16] and scales [E, N, K/32]; N a multiple of 192."""
+    """[E, N/192, K'/64, 3, 2176] u8 of blocks [E, N, K/32, 16] and scales [E, N, K/32]; N a multiple of 192.
+
+    Expert by expert: on the way there 4 bits take up 64.
+    """
+    experts = zip(torch.split(blocks, 1), torch.split(scales, 1), strict=True)
+    return torch.cat([_expert_slabs(name, *expert) for expert in experts])
+
+
+def _expert_slabs(name: str, blocks: Tensor, scales: Tensor) -> Tensor:
     missing = -scales.shape[2] % (SLABS * TILE // 32)
     blocks, scales = pad(blocks, (0, 0, 0, missing)), pad(scales, (0, missing))
     experts, rows, groups = scales.shape
