@@ -64,6 +64,9 @@ def compare(executor: CudaExecutor, theirs: Artifact, bucket: Bucket, lengths: l
     plans = executor.plans[bucket], LaunchPlan.loads(theirs.file(plan_file(bucket, 0)).read_text())
     if [step.op for step in plans[0].steps] != [step.op for step in plans[1].steps]:
         raise ValueError(f"{bucket.name} of {theirs.path} has other steps than OURS: they must be of the same model")
+    if plans[0].inputs != plans[1].inputs:
+        raise ValueError(f"{bucket.name} of {theirs.path} has other inputs than OURS: they must be compiled with the same"
+                         " buckets and --max-context")
     kinds: dict[int, list[int]] = {}  # window: numbers of steps
     for number, step in enumerate(plans[1].steps):
         if any(isinstance(launch, Extern) for launch in step.launches):

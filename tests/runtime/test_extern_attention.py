@@ -140,15 +140,17 @@ def test_an_error_is_of_its_own_layer(module: ModuleType, ours: Artifact, theirs
     assert result["entries"] == {key: {"kernel": "flashinfer_attention"} for key in keys}
 
 
-def test_of_another_model(module: ModuleType, ours: Artifact, theirs: Artifact, tmp_path: Path, driver: FakeDriver,
-                          monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("other", ["steps", "inputs"])
+def test_two_that_differ(module: ModuleType, ours: Artifact, theirs: Artifact, tmp_path: Path, driver: FakeDriver,
+                          monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other: str) -> None:
+    """Of another model, or of another --max-context."""
     shutil.copytree(theirs.path, tmp_path / "other")
     path = tmp_path / "other" / plan_file(EXTEND, 0)
     plan = LaunchPlan.loads(path.read_text())
-    path.write_text(replace(plan, steps=plan.steps[:-1]).dumps())
-    other = Artifact(tmp_path / "other", theirs.manifest)
-    monkeypatch.setattr(module.Artifact, "open", lambda path: ours if path == ours.path else other)
-    monkeypatch.setattr(sys, "argv", ["extern_attention.py", str(ours.path), str(other.path)])
+    path.write_text(replace(plan, **{other: getattr(plan, other)[:-1]}).dumps())
+    artifact = Artifact(tmp_path / "other", theirs.manifest)
+    monkeypatch.setattr(module.Artifact, "open", lambda path: ours if path == ours.path else artifact)
+    monkeypatch.setattr(sys, "argv", ["extern_attention.py", str(ours.path), str(artifact.path)])
     assert module.main() == 1
-    assert f"extend-24x3 of {other.path} has other steps than OURS" in capsys.readouterr().err
+    assert f"extend-24x3 of {artifact.path} has other {other} than OURS" in capsys.readouterr().err
     assert not driver.blocks, "everything was given back"
