@@ -22,9 +22,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
-from openai import APIError, AsyncOpenAI
 
 PROFILES = {"1k1k": (1024, 1024), "8k1k": (8192, 1024), "1k8k": (1024, 8192)}
 SMOKE = {"num_prompts": 8, "max_concurrency": 4, "random_input_len": 64, "random_output_len": 16}
@@ -94,15 +93,13 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
 
 
 async def _bench(options: argparse.Namespace) -> int:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    http = httpx.AsyncClient(limits=limits, timeout=None)
-    async with AsyncOpenAI(
-        base_url=options.base_url.rstrip("/") + "/v1", api_key=options.api_key, max_retries=0, http_client=http
-    ) as client:
+    base, headers = options.base_url.rstrip("/") + "/v1/", {"Authorization": f"Bearer {options.api_key}"}
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(base, connector=connector, timeout=timeout, headers=headers) as client:
         try:
-            model = options.model or (await client.models.list()).data[0].id
+            model = options.model or await _first_model(client)
             warm = await _ask(client, model, Job([1, 2, 3], 2), time.perf_counter())
-        except APIError as error:
+        except (aiohttp.ClientError, ValueError, LookupError) as error:
             warm = Answer(Job([], 0), 0, error=str(error))
         if warm.error:
             print(f"serving: error: {options.base_url}: {warm.error}", file=sys.stderr)
@@ -119,9 +116,13 @@ async def _bench(options: argparse.Namespace) -> int:
     return 1 if report["failed"] else 0
 
 
-async def _run(
-    client: AsyncOpenAI, model: str, jobs: Sequence[Job], options: argparse.Namespace, start: float
-) -> list[Answer]:
+async def _first_model(client: aiohttp.ClientSession) -> str:
+    async with client.get("models", raise_for_status=True) as response:
+        return str((await response.json())["data"][0]["id"])
+
+
+async def _run(client: aiohttp.ClientSession, model: str, jobs: Sequence[Job], options: argparse.Namespace,
+               start: float) -> list[Answer]:
     room = asyncio.Semaphore(options.max_concurrency or len(jobs))
 
     async def one(job: Job) -> Answer:
@@ -143,29 +144,33 @@ async def _arrivals(jobs: Sequence[Job], options: argparse.Namespace) -> AsyncIt
             await asyncio.sleep(max(due - time.perf_counter(), 0))
 
 
-async def _ask(client: AsyncOpenAI, model: str, job: Job, start: float) -> Answer:
+async def _ask(client: aiohttp.ClientSession, model: str, job: Job, start: float) -> Answer:
     """Failures are told in the answer."""
     answer = Answer(job, time.perf_counter() - start)
+    body = {"model": model, "prompt": job.prompt, "max_tokens": job.output_len, "temperature": 1.0, "ignore_eos": True,
+            "stream": True, "stream_options": {"include_usage": True}}
     try:
-        stream = await client.completions.create(
-            model=model,
-            prompt=job.prompt,
-            max_tokens=job.output_len,
-            temperature=1.0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
-        )
-        async for chunk in stream:
-            if chunk.usage:
-                answer.tokens = chunk.usage.completion_tokens
-            if chunk.choices:
-                _count(answer, time.perf_counter() - start)
-    except (APIError, httpx.HTTPError) as error:
+        async with client.post("completions", json=body) as response:
+            if response.status != 200:
+                answer.error = f"{response.status} {await response.text()}"
+                return answer
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    _take(answer, json.loads(line[6:]), time.perf_counter() - start)
+    except (aiohttp.ClientError, ValueError) as error:
         answer.error = f"{type(error).__name__}: {error}"
-    if not answer.chunks and not answer.error:
-        answer.error = "the stream was empty"
+    if not answer.tokens and not answer.error:
+        answer.error = "the stream ended before it told its usage"
     return answer
+
+
+def _take(answer: Answer, event: dict[str, Any], now: float) -> None:
+    if "error" in event:
+        answer.error = json.dumps(event["error"])
+    if event.get("usage"):
+        answer.tokens = event["usage"]["completion_tokens"]
+    if event.get("choices"):
+        _count(answer, now)
 
 
 def _count(answer: Answer, now: float) -> None:
