@@ -10,9 +10,9 @@ The rules:
 - Requests are ranked by (priority, arrival). The waiting ones are admitted in that order, each only if the
   pages free or reclaimable now hold all of its tokens, so that one blocked request is never overtaken for
   ever.
-- A step gives every generating sequence one token and the rest of its room to prompts, in rank order. Where
-  the mixed bucket has too few rows for all, steps with and without prompts alternate and the longest unserved
-  sequences go first.
+- A step gives every generating sequence one token and the rest of its room to prompts, in rank order, in the
+  bucket that takes most tokens so. Where none has room for all, steps with and without prompts alternate;
+  prompts go first in theirs, and of the generating sequences the longest unserved.
 - When a sequence gets no page, the lowest-ranked running one gives its pages up and waits again; what it had
   computed is recomputed, or found in the prefix cache. The highest-ranked is never the victim of another and
   fits alone, so it
@@ -21,10 +21,11 @@ The rules:
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 from gptoss_compile.config import Bucket
@@ -78,6 +79,14 @@ class Step:
         return tuple(starts[:-1])
 
 
+class Mix(NamedTuple):
+    """What a step with prompts can be: its bucket, how many generating sequences it serves, and tokens in all."""
+
+    bucket: Bucket
+    decodes: int
+    tokens: int
+
+
 class Scheduler:
     """Admits, batches, preempts and finishes requests. Raises ValueError for limits it cannot keep."""
 
@@ -86,15 +95,13 @@ class Scheduler:
         if min(max_num_seqs, max_num_batched_tokens) < 1:
             raise ValueError(f"max_num_seqs ({max_num_seqs}) and max_num_batched_tokens "
                              f"({max_num_batched_tokens}) must be at least 1")
-        extends = [bucket for bucket in buckets if bucket.kind == "extend"]
-        if not extends:
-            raise ValueError("the artifact has no extend bucket to read prompts with; compile it with one")
         # Cheapest first.
         self._buckets = sorted(buckets, key=lambda b: (b.tokens, b.kind != "decode", b.sequences))
+        self._extends = [bucket for bucket in self._buckets if bucket.kind == "extend"]
+        if not self._extends:
+            raise ValueError("the artifact has no extend bucket to read prompts with; compile it with one")
         self._budget = max_num_batched_tokens
-        self._mixed = max(extends, key=lambda b: (min(b.tokens, self._budget), b.sequences, -b.tokens))
-        self._mixed_limit = min(self._mixed.tokens, self._mixed.sequences, self._mixed.rows, self._budget)
-        self._decode_limit = min(self._budget, max(min(b.tokens, b.sequences, b.rows) for b in buckets))
+        self._decode_limit = max(map(self._places, buckets))
         self.max_num_seqs = min(max_num_seqs, max(b.sequences for b in buckets))
         self._cache = cache
         self._prefix = prefix
@@ -132,11 +139,11 @@ class Scheduler:
         """The next step, of at least one token; None if there is nothing to do before a step in flight is committed."""
         self._admit()
         while True:
-            picked, mixed = self._pick()
+            picked, bucket = self._pick()
             if not picked:
                 return None
-            if chunks := self._plan(picked, mixed):
-                self._read_last = mixed and any(chunk.sequence.pending > 1 for chunk in chunks)
+            if chunks := self._plan(picked, bucket):
+                self._read_last = any(chunk.sequence.pending > 1 for chunk in chunks)
                 return Step(self._cheapest(chunks), tuple(chunks))
             # All that were picked gave up their pages to sequences that were not; those are picked next.
 
@@ -205,19 +212,20 @@ class Scheduler:
 
     # Planning a step ----------------------------------------------------------------------------------------
 
-    def _plan(self, picked: Sequence[Running], mixed: bool) -> list[Chunk]:
-        """Chunks of the picked sequences, in rank order, their pages allocated. May preempt; may be empty."""
+    def _plan(self, picked: Sequence[Running], bucket: Bucket | None) -> list[Chunk]:
+        """Chunks of the picked sequences, in rank order, their pages allocated; of one token each without a bucket to fill.
+        May preempt; may be empty."""
         spare_tokens = spare_rows = slots = 0  # beyond one token and row for each generating sequence
-        if mixed:
+        if bucket:
             decodes = sum(r.pending == 1 for r in picked)
-            spare_tokens = min(self._mixed.tokens, self._budget) - decodes
-            slots = self._mixed_limit - decodes
-            spare_rows = self._mixed.rows - min(self._mixed_limit, len(picked))
+            spare_tokens = self._room(bucket) - decodes
+            slots = self._places(bucket) - decodes
+            spare_rows = bucket.rows - min(self._places(bucket), len(picked))
         chunks: list[Chunk] = []
         for running in picked:
             if running.request not in self._running:
                 continue  # preempted for a higher-ranked one
-            wanted = running.pending if mixed else 1
+            wanted = running.pending if bucket else 1
             if wanted > 1:
                 if not (slots and spare_tokens):
                     continue
@@ -228,23 +236,45 @@ class Scheduler:
             if end > running.computed:
                 chunk = _chunk(running, end)
                 chunks.append(chunk)
-                if mixed:
+                if bucket:
                     spare_rows -= max(0, chunk.rows - 1)
                     if running.pending > 1:
                         slots -= 1
                         spare_tokens -= chunk.tokens
         return chunks
 
-    def _pick(self) -> tuple[list[Running], bool]:
-        """The sequences to serve, in rank order, and whether prompts are among them."""
+    def _pick(self) -> tuple[list[Running], Bucket | None]:
+        """The sequences to serve, in rank order, and, if prompts are among them, the bucket that they are to fill."""
         prompts: list[Running] = []
         decodes: list[Running] = []
         for running in self._running.values():
             if pending := running.pending:
                 (prompts if pending > 1 else decodes).append(running)
-        mixed = bool(prompts) and (len(decodes) < self._mixed_limit or not self._read_last)
-        picked = prompts + decodes[: self._mixed_limit - 1] if mixed else decodes[: self._decode_limit]
-        return sorted(picked, key=lambda r: r.request.rank), mixed
+        mix = self._fullest(prompts, len(decodes)) if prompts else None
+        if mix and (mix.decodes == len(decodes) or not self._read_last):
+            return _ranked(prompts + decodes[: mix.decodes]), mix.bucket
+        return _ranked(decodes[: self._decode_limit]), None
+
+    def _fullest(self, prompts: Sequence[Running], decodes: int) -> Mix:
+        """The step that serves all generating sequences, if one can, and takes the most tokens; of equals the cheapest."""
+        totals = list(accumulate(running.pending for running in _ranked(prompts)))
+        mixes = [self._mix(bucket, totals, decodes) for bucket in self._extends]
+        return max([mix for mix in mixes if mix.decodes == decodes] or mixes, key=lambda mix: mix.tokens)
+
+    def _mix(self, bucket: Bucket, totals: Sequence[int], decodes: int) -> Mix:
+        """totals: of the first prompt's tokens, the first two's and so on."""
+        room, places = self._room(bucket), self._places(bucket)
+        if decodes >= places:  # then only places that the prompts leave
+            decodes = max(0, places - 1 - bisect_left(totals, room, hi=len(totals) - 1))
+        return Mix(bucket, decodes, decodes + min(room - decodes, totals[min(places - decodes, len(totals)) - 1]))
+
+    def _room(self, bucket: Bucket) -> int:
+        """How many tokens a step of the bucket may compute."""
+        return min(bucket.tokens, self._budget)
+
+    def _places(self, bucket: Bucket) -> int:
+        """How many sequences may choose a token in a step of the bucket."""
+        return min(self._room(bucket), bucket.sequences, bucket.rows)
 
     def _allocate(self, running: Running, end: int) -> int:
         """Give a sequence pages for tokens up to `end` or as far as they go; returns the end reached.
@@ -291,6 +321,10 @@ class Scheduler:
             if enough and (single or bucket.kind == "extend"):
                 return bucket
         raise AssertionError(f"no bucket for {len(chunks)} sequences, {tokens} tokens, {rows} rows")
+
+
+def _ranked(sequences: Sequence[Running]) -> list[Running]:
+    return sorted(sequences, key=lambda running: running.request.rank)
 
 
 def _chunk(running: Running, end: int) -> Chunk:

@@ -1,241 +1,22 @@
-"""The scheduler as a state machine: invariants under random operations, and the rules one by one."""
+"""The scheduler's rules, one by one."""
 
 from __future__ import annotations
-
-from collections import Counter, deque
 
 import numpy as np
 import pytest
 from fake_executor import FakeExecutor
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduler_bench import Bench, prompt
 
 from gptoss_compile.config import Bucket
-from gptoss_compile.runtime.batch import StepInputs
-from gptoss_compile.runtime.kv_cache import KVCache, PagePool
-from gptoss_compile.runtime.prefix_cache import PrefixCache
-from gptoss_compile.runtime.request import Finished, Request
+from gptoss_compile.runtime.request import Request
 from gptoss_compile.runtime.sampling_params import SamplingParams
-from gptoss_compile.runtime.scheduler import Scheduler, Step
+from gptoss_compile.runtime.scheduler import Step
 
 
-class Bench:
-    """A scheduler driven by hand on a FakeExecutor, with its invariants checked around every step."""
-
-    def __init__(
-        self, executor: FakeExecutor, *, max_num_seqs: int = 8, budget: int = 256, caching: bool = True, ahead: bool = False
-    ) -> None:
-        executor.runs_ahead = ahead
-        self.executor = executor
-        self.cache = KVCache(executor)
-        self.scheduler = Scheduler(executor.buckets, self.cache, PrefixCache(self.cache, enabled=caching),
-                                   max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-        self.inputs = StepInputs(executor, executor.config.vocab_size)
-        self.flights: deque[Step] = deque()
-        self.budget = budget
-        self.arrivals = 0
-        self.requests: dict[str, Request] = {}
-        self.finished: dict[str, Finished] = {}
-
-    def add(self, prompt: list[int], max_tokens: int = 4, *, priority: int = 0, score: bool = False,
-            stop_ids: tuple[int, ...] = (96,)) -> Request:
-        request = Request(
-            f"r{self.arrivals}",
-            list(prompt),
-            len(prompt),
-            SamplingParams(temperature=0, max_tokens=max_tokens, prompt_logprobs=0 if score else None),
-            max_tokens,
-            0,
-            frozenset(stop_ids),
-            (priority, self.arrivals),
-        )
-        self.arrivals += 1
-        self.requests[request.request_id] = request
-        self.scheduler.add(request)
-        return request
-
-    def step(self) -> Step | None:
-        """Schedule and start a step, and commit the oldest in flight, unless it may stay there alone."""
-        step = None
-        if not (self.flights and self.flights[-1].needs_host):
-            step = self.scheduler.schedule()
-        if step is not None:
-            self.start(step)
-        if self.flights and not (step and len(self.flights) == 1 and self.executor.runs_ahead):
-            self.commit(self.flights.popleft())
-        elif step is None:
-            assert not self.scheduler.has_work
-        return step
-
-    def start(self, step: Step) -> None:
-        self.check_step(step)
-        self.check_pools()
-        self.executor.submit(step.bucket, *self.inputs.build(step))
-        for chunk in step.chunks:
-            if chunk.scored:  # each position is scored once, in order
-                assert chunk.scored.start == chunk.sequence.request.scored
-        self.scheduler.start(step)
-        self.flights.append(step)
-        self.check_pools()
-
-    def commit(self, step: Step) -> None:
-        chosen = self.executor.result().tolist()
-        ends = [row + len(chunk.scored) for chunk, row in zip(step.chunks, step.first_rows, strict=True)]
-        tokens = [chosen[end] if chunk.samples else None for chunk, end in zip(step.chunks, ends, strict=True)]
-        if step.needs_host:
-            greedy = [end for chunk, end in zip(step.chunks, ends, strict=True)
-                      if chunk.samples and chunk.sequence.request.params.greedy]
-            assert self.executor.logits(greedy).argmax(-1).tolist() == [chosen[end] for end in greedy]
-        for done in self.scheduler.commit(step, tokens):
-            self.finished[done.request.request_id] = done
-            assert done.request.scored == done.request.to_score, "a prompt position was never scored"
-        self.check_pools()
-
-    def drain(self, limit: int) -> None:
-        for _ in range(limit):
-            if self.step() is None and not (self.flights or self.scheduler.has_work):
-                return
-        raise AssertionError(f"still busy after {limit} steps: livelock")
-
-    def check_step(self, step: Step) -> None:
-        requests = [chunk.sequence.request for chunk in step.chunks]
-        tokens, rows = sum(c.tokens for c in step.chunks), sum(c.rows for c in step.chunks)
-        assert step.chunks and len({r.request_id for r in requests}) == len(requests)
-        assert [r.rank for r in requests] == sorted(r.rank for r in requests)
-        assert tokens <= min(step.bucket.tokens, self.budget) and rows <= step.bucket.rows
-        assert (
-            len(requests) <= step.bucket.sequences
-            and self.scheduler.num_running <= self.scheduler.max_num_seqs
-        )
-        cheaper = [b for b in self.executor.buckets if b.tokens < step.bucket.tokens]
-        assert not any(
-            b.tokens >= tokens
-            and b.sequences >= len(requests)
-            and b.rows >= rows
-            and (b.kind == "extend" or tokens == len(requests))
-            for b in cheaper
-        ), "not the cheapest bucket"
-        size = self.cache.page_size
-        for chunk in step.chunks:
-            pages = chunk.sequence.pages
-            assert 0 <= chunk.start < chunk.end <= chunk.sequence.request.length
-            assert pages.window_start * size <= max(0, chunk.start - self.cache.window_tokens + 1)
-            assert pages.end - pages.window_start <= self.cache.ring and pages.end * size >= chunk.end
-            for page in range(chunk.start // size, self.cache.pages(chunk.end)):
-                for pool, row in ((self.cache.full, pages.full_row), (self.cache.window, pages.window_row)):
-                    written = int(row[page % len(row)])
-                    assert pool.references[written] == 1 and written not in pool._key_of, (
-                        "a shared page is written"
-                    )
-
-    def check_pools(self) -> None:
-        full: Counter[int] = Counter()
-        window: Counter[int] = Counter()
-        for running in self.scheduler.running:
-            pages = running.pages
-            full.update(pages.full_row[: pages.end].tolist())
-            window.update(
-                int(pages.window_row[p % self.cache.ring]) for p in range(pages.window_start, pages.end)
-            )
-        for pool, holders in ((self.cache.full, full), (self.cache.window, window)):
-            check_pool(pool, holders)
-
-
-def check_pool(pool: PagePool, holders: Counter[int]) -> None:
-    assert {p: n for p, n in enumerate(pool.references) if n} == dict(holders), "reference counts"
-    places = [*pool._free, *pool._cached, *holders]
-    assert sorted(places) == list(range(1, pool.capacity + 1)), "a page is in two places, or in none"
-    assert {key: page for page, key in pool._key_of.items()} == pool._page_of
-    assert set(pool._cached) <= set(pool._key_of) and not set(pool._free) & set(pool._key_of)
-    assert (pool.free, pool.cached, pool.held) == (len(pool._free), len(pool._cached), len(holders))
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Small pages, windows and pools, so that a few operations reach every corner."""
-
-    @initialize(
-        page_size=st.sampled_from((1, 2, 4)),
-        window=st.integers(1, 9),
-        spare_pages=st.integers(0, 12),
-        spare_window=st.integers(0, 12),
-        sequences=st.integers(1, 5),
-        budget=st.integers(1, 20),
-        caching=st.booleans(),
-        extend=st.sampled_from(((16, 1, 16), (16, 3, 4), (8, 8, 8), (20, 2, 2))),
-        ahead=st.booleans(),
-    )
-    def build(
-        self,
-        page_size: int,
-        window: int,
-        spare_pages: int,
-        spare_window: int,
-        sequences: int,
-        budget: int,
-        caching: bool,
-        extend: tuple[int, int, int],
-        ahead: bool,
-    ) -> None:
-        span = -(-(window - 1) // page_size) + 1
-        buckets = (Bucket.decode(1), Bucket.decode(4), Bucket("extend", 4, 1, 4), Bucket("extend", *extend))
-        executor = FakeExecutor(
-            buckets=buckets,
-            page_size=page_size,
-            window=window,
-            max_context=40,
-            num_pages=1 + 40 // page_size + spare_pages,
-            num_window_pages=1 + span + spare_window,
-        )
-        self.bench = Bench(executor, max_num_seqs=sequences, budget=budget, caching=caching, ahead=ahead)
-        self.total = 0
-
-    @rule(length=st.integers(1, 30), family=st.integers(0, 2), max_tokens=st.integers(0, 9),
-          priority=st.sampled_from((0, 0, 1)), score=st.booleans())
-    def add(self, length: int, family: int, max_tokens: int, priority: int, score: bool) -> None:
-        """Prompts of one family are prefixes of each other."""
-        self.bench.add(
-            [(i * (family + 3)) % 95 for i in range(length)], max_tokens, priority=priority, score=score
-        )
-        self.total += length + max_tokens
-
-    @rule(count=st.integers(1, 8))
-    def step(self, count: int) -> None:
-        for _ in range(count):
-            self.bench.step()
-
-    @precondition(lambda self: self.bench.arrivals)
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
-        request_id = f"r{data.draw(st.integers(0, self.bench.arrivals - 1))}"
-        request = self.bench.requests[request_id]
-        finished = self.bench.scheduler.abort(request)
-        if finished is None:
-            assert request_id in self.bench.finished
-        else:
-            assert finished.reason == "abort"
-            self.bench.finished[request_id] = finished
-
-    @invariant()
-    def pools(self) -> None:
-        if hasattr(self, "bench"):
-            self.bench.check_pools()
-
-    def teardown(self) -> None:
-        if not hasattr(self, "bench"):
-            return
-        self.bench.drain(limit=100 + 20 * self.total)
-        assert len(self.bench.finished) == self.bench.arrivals
-        assert self.bench.cache.full.held == self.bench.cache.window.held == 0
-
-
-TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=120, stateful_step_count=25, deadline=None,
-                                         suppress_health_check=list(HealthCheck))
-
-
-def prompt(length: int, salt: int = 0) -> list[int]:
-    return [(i * 7 + salt) % 95 for i in range(length)]
+def chunks(step: Step | None) -> tuple[Bucket, list[int]]:
+    """Its bucket, and each sequence's tokens."""
+    assert step is not None
+    return step.bucket, [chunk.tokens for chunk in step.chunks]
 
 
 def test_a_step_mixes_generating_sequences_with_a_prompt() -> None:
@@ -243,12 +24,7 @@ def test_a_step_mixes_generating_sequences_with_a_prompt() -> None:
     bench.add(prompt(20), 50)
     bench.step()
     bench.add(prompt(600, 1), 50)
-    step = bench.step()
-    assert (
-        step is not None
-        and [c.tokens for c in step.chunks] == [1, 255]
-        and step.bucket == Bucket.extend(256, 16)
-    )
+    assert chunks(bench.step()) == (Bucket.extend(256, 16), [1, 255])
 
 
 def test_generating_sequences_are_served_while_prompts_keep_coming() -> None:
@@ -260,6 +36,38 @@ def test_generating_sequences_are_served_while_prompts_keep_coming() -> None:
         bench.add(prompt(1000, salt + 1), 100)
     kinds = [step.bucket.kind for step in (bench.step() for _ in range(20)) if step]
     assert kinds == ["decode", "extend"] * 10 or kinds == ["extend", "decode"] * 10
+
+
+def test_prompts_fill_the_bucket_that_takes_most_of_them() -> None:
+    bench = Bench(FakeExecutor(buckets=(Bucket.decode(8), Bucket.extend(64, 8), Bucket.extend(256, 1))))
+    bench.add(prompt(300), 5)
+    assert chunks(bench.step()) == (Bucket.extend(256, 1), [256])
+    for i in range(3):
+        bench.add(prompt(30, i + 1), 5)
+    assert chunks(bench.step()) == (Bucket.extend(64, 8), [44, 20]), "256x1 has room for one of them"
+    bench.drain(20)
+
+
+def test_a_large_bucket_without_room_for_who_generates_is_left_aside() -> None:
+    bench = Bench(FakeExecutor(buckets=(Bucket.decode(8), Bucket.extend(64, 8), Bucket.extend(256, 1))))
+    bench.add(prompt(2), 20)
+    bench.step()
+    bench.add(prompt(300), 5)
+    assert chunks(bench.step()) == (Bucket.extend(64, 8), [1, 63])
+
+
+def test_where_no_bucket_has_room_for_all_prompts_go_first_in_their_steps() -> None:
+    """Four places, five that generate: three for prompts that fill the step, and one for the longest unserved."""
+    bench = Bench(FakeExecutor(buckets=(Bucket.decode(8), Bucket.extend(32, 4))))
+    answers = [bench.add(prompt(2, i), 50, stop_ids=()) for i in range(5)]
+    while any(r.num_generated == 0 for r in answers):
+        bench.step()
+    for i in range(3):
+        bench.add(prompt(15, i + 9), 50)
+    steps = [step for step in (bench.step() for _ in range(4)) if step]
+    mixed = [step for step in steps if step.bucket.kind == "extend"]
+    assert [step.bucket.kind for step in steps[:3]] in (["extend", "decode", "extend"], ["decode", "extend", "decode"])
+    assert [c.tokens for c in mixed[0].chunks] == [1, 15, 15, 1]
 
 
 def test_generating_sequences_beyond_a_step_take_turns() -> None:
