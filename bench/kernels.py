@@ -1,6 +1,6 @@
 """What each kernel costs in the step that it is part of, on the GPU here, beside cuBLAS at the dense shapes.
 
-    python bench/kernels.py ARTIFACT... [--buckets decode-1,extend-2048x64] [--context 1024]
+    python bench/kernels.py ARTIFACT... [--buckets decode-1,extend-2048x256] [--context 1024]
 
 An operator's cost is the captured step with its kernels twice (first with another layer's weights), less the step: alone, a
 kernel neither overlaps with its neighbours nor finds the caches as they leave them. Decode steps see `--context` tokens;

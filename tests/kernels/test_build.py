@@ -99,9 +99,9 @@ def test_every_operator_is_in_the_list() -> None:
 
 def launches(target: Target) -> list[Launch]:
     """decode-1, -8 and -256 and extend-2048, of 120b (128 experts) and 20b (32), and BF16 experts once."""
-    calls = [*dense_calls(1, None), *dense_calls(8, None), *dense_calls(256, None), *dense_calls(2048, 64),
+    calls = [*dense_calls(1, None), *dense_calls(8, None), *dense_calls(256, None), *dense_calls(2048, 256),
              *attention_calls(1, 1, True), *attention_calls(8, 8, True), *attention_calls(256, 256, True),
-             *attention_calls(2048, 64, False),
+             *attention_calls(2048, 256, False),
              *moe_calls(1, 128), *moe_calls(8, 32), *moe_calls(256, 128), *moe_calls(2048, 128), *moe_calls(2048, 32),
              *moe_calls(1, 32, mxfp4=False), *moe_calls(256, 32, mxfp4=False)]
     found = []
