@@ -118,6 +118,8 @@ def _tune_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tp", "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs to shard over")
     parser.add_argument("--buckets", type=parse_buckets, default=(), metavar="decode:1,8;extend:64x8",
                         help="step shapes to tune, one after the other (default: by target)")
+    parser.add_argument("--kernels", type=lambda text: text.split(","), default=[], metavar="NAME[,NAME]",
+                        help="whose choices to measure, as the table calls them (default: all)")
     parser.add_argument("--max-context", "--max-model-len", type=int, metavar="N", help="longest sequence in tokens")
     parser.add_argument("--context", type=int, default=1024, metavar="N",
                         help="tokens that each sequence of a decode step has (default: 1024)")
@@ -132,7 +134,8 @@ def _tune(options: argparse.Namespace) -> None:
     target = Target.parse(options.target)
     request = Request(target, options.weights, options.buckets, options.max_context, ranks=options.tp)
     checkpoint, _, _ = _open_model(options)
-    print(json.dumps(tune(checkpoint, request, options.context, options.output or path(target.name), progress_bar)))
+    table = options.output or path(target.name)
+    print(json.dumps(tune(checkpoint, request, options.context, table, progress_bar, options.kernels)))
 
 
 def _shapes_suffice(options: argparse.Namespace) -> bool:

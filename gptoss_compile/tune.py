@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -216,10 +216,12 @@ def describe(choice: Choice, candidate: Any) -> str:
 # The command --------------------------------------------------------------------------------------------------------
 
 
-def tune(checkpoint: Checkpoint, request: Request, context: int, output: Path, progress: Progress) -> dict[str, Any]:
+def tune(checkpoint: Checkpoint, request: Request, context: int, output: Path, progress: Progress,
+         only: Collection[str] = ()) -> dict[str, Any]:
     """Tune the request's buckets one after the other, writing the table behind each; what the JSON line says.
 
-    A choice that several buckets make is measured in the first. Raises CompileError, CudaError or OSError.
+    A choice that several buckets make is measured in the first. only: kernels whose choices are measured; none: of all.
+    Raises CompileError, CudaError or OSError.
     """
     target, wanted = request.target, request.buckets or default_buckets(request.target)
     job = Job(checkpoint.config, replace(request, buckets=with_both_kinds(wanted)))
@@ -231,11 +233,15 @@ def tune(checkpoint: Checkpoint, request: Request, context: int, output: Path, p
         for number, bucket in enumerate(wanted):
             report(number, len(wanted))
             variants = Variants(job, bucket, kernels)
-            names = variants.choices.keys() - {name for _, names in work for name in names}
-            sources |= variants.sources()
+            names = {name for name in variants.choices if not only or name[0] in only}
+            names -= {name for _, names in work for name in names}
+            sources |= variants.sources(names)
             work.append((variants, names))
-    if not any(names for _, names in work):
+    choosing = sorted({kernel for variants, _ in work for kernel, _ in variants.choices})
+    if not choosing:
         raise CompileError(f"the kernels of {', '.join(b.name for b in wanted)} leave nothing to choose on {target.name}")
+    if unknown := sorted(set(only).difference(choosing)):
+        raise CompileError(f"--kernels {','.join(unknown)}: what leaves something to choose is {', '.join(choosing)}")
     kernels.build(sources, progress)
     taken: dict[Name, Any] = {}
     result: dict[str, Any] = {"bench": "tune", "target": target.name, "context": context, "table": str(output),

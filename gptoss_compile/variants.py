@@ -95,12 +95,12 @@ class Variants:
         self.steps = {name: sorted(numbers) for name, numbers in made.items()}
         self._makers = {name: [call for same in numbers.values() for call in same] for name, numbers in made.items()}
 
-    def sources(self) -> set[AnySource]:
-        """Those of the step as it is now and of all candidates."""
+    def sources(self, names: Iterable[Name]) -> set[AnySource]:
+        """Those of the step as it is now and of all candidates of these choices."""
         now = {launch.source for ctx, graph in self._graphs.items() for node in calls(graph)
                for launch in kernel_launches(node, ctx)}
         return now.union({launch.source for launch in self._around.values()},
-                         *(self._of(name, c) for name, choice in self.choices.items() for c in choice.candidates))
+                         *(self._of(name, candidate) for name in names for candidate in self.choices[name].candidates))
 
     def fault(self, name: Name, candidate: Any) -> str | None:
         """Why a candidate is not to be measured."""

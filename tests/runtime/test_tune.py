@@ -120,8 +120,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> ClockDriver:
     return fake
 
 
-def run(output: Path, buckets: tuple[Bucket, ...] = (DECODE,)) -> dict[str, Any]:
-    return tune(Checkpoint.random(CONFIG, 3), Request(SM90, "random:1", buckets), 128, output, progress_bar)
+def run(output: Path, *only: str) -> dict[str, Any]:
+    return tune(Checkpoint.random(CONFIG, 3), Request(SM90, "random:1", (DECODE,)), 128, output, progress_bar, only)
 
 
 def test_the_faster_and_right_wins(driver: ClockDriver, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +150,14 @@ def test_the_faster_and_right_wins(driver: ClockDriver, table: Path, capsys: pyt
     assert json.loads(table.read_text()) == said
     (bucket,) = again["buckets"]
     assert bucket["after_ms"] == pytest.approx(bucket["before_ms"], rel=1e-3)
+
+
+def test_choices_of_one_kernel(driver: ClockDriver, table: Path) -> None:
+    (bucket,) = run(table, "step")["buckets"]
+    assert [c["kernel"] for c in bucket["choices"]] == ["step"]
+    assert json.loads(table.read_text())["choices"] == {"step": {"decode=1 sequences=1": {"percent": 75}}}
+    with pytest.raises(CompileError, match=r"--kernels gemm,steps: what leaves something to choose is .*gemv, .*step"):
+        run(table, "steps", "gemv", "gemm")
 
 
 def test_races() -> None:
@@ -251,6 +259,6 @@ def test_stored_weights_are_refused(tmp_path: Path) -> None:
 
 def test_nothing_to_choose(driver: ClockDriver, table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_module.Variants, "__init__", lambda self, *_: self.__dict__.update(choices={}))
-    monkeypatch.setattr(tune_module.Variants, "sources", lambda self: set())
+    monkeypatch.setattr(tune_module.Variants, "sources", lambda self, names: set())
     with pytest.raises(CompileError, match="the kernels of decode-1 leave nothing to choose on sm90"):
         run(table)
