@@ -83,7 +83,7 @@ class RequestHandle:
     def __iter__(self) -> Iterator[RequestOutput]:
         while True:
             event = threading.Event()
-            output, more = self._take((None, event.set))
+            output, more = self.take((None, event.set))
             if output:
                 yield output
             elif more:
@@ -95,7 +95,7 @@ class RequestHandle:
         loop = asyncio.get_running_loop()
         while True:
             event = asyncio.Event()
-            output, more = self._take((loop, event.set))
+            output, more = self.take((loop, event.set))
             if output:
                 yield output
             elif more:
@@ -103,8 +103,9 @@ class RequestHandle:
             if not more:
                 return
 
-    def _take(self, wake: Wake) -> tuple[RequestOutput | None, bool]:
-        """What has piled up, and whether more may come. If nothing has, the consumer is woken once it does."""
+    def take(self, wake: Wake) -> tuple[RequestOutput | None, bool]:
+        """What has piled up, and whether more may come. If nothing has, `wake` is called once it does: its function, in its
+        event loop if it has one. Raises EngineError."""
         with self._lock:
             if self._outputs:
                 output, self._outputs = RequestOutput.join(self._outputs), []

@@ -20,7 +20,7 @@ from gptoss_compile.runtime.api.tokenizer import Tokenizer
 from gptoss_compile.runtime.api.tool_server.server import ToolServer
 from gptoss_compile.runtime.api.turn_memory import TurnMemory
 from gptoss_compile.runtime.engine import Engine
-from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput
+from gptoss_compile.runtime.outputs import EngineError, RequestHandle, RequestOutput, Wake
 from gptoss_compile.runtime.sampling_params import RequestError, SamplingParams
 
 _LARGE = 10_000  # tokens of a prompt whose submission would hold up the event loop
@@ -88,8 +88,6 @@ class Answers:
         self._handles: list[RequestHandle] = []
         self._grammars: list[TurnGrammar | None] = []
         self._timers: list[Timer] = []
-        self._readers: list[asyncio.Task[None]] = []
-        self._queue: asyncio.Queue[tuple[int, RequestOutput | EngineError]] = asyncio.Queue()
         self._open: set[int] = set()
 
     async def submit(
@@ -146,8 +144,6 @@ class Answers:
         if index in self._open:
             self._open.discard(index)
             self._handles[index].abort()
-            if index < len(self._readers):
-                self._readers[index].cancel()
             self._timers[index].done()
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
@@ -155,29 +151,33 @@ class Answers:
 
         Raises ApiError 503 if the engine fails, 400 if a grammar does.
         """
-        self._readers = [asyncio.create_task(self._read(i, handle)) for i, handle in enumerate(self._handles)]
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
         while self._open:
-            index, output = await self._queue.get()
-            if index not in self._open:
-                continue
-            if isinstance(output, EngineError):
-                raise unavailable(f"{output}.")
-            if output.finish_reason == "abort":
-                raise unavailable("The engine ended the request: the server is shutting down.")
-            if (grammar := self._grammars[index]) and grammar.error:
-                raise bad_request(f"The schema became too complex to enforce: {grammar.error}.", code="invalid_json_schema")
-            self._timers[index].tokens(len(output.token_ids))
-            if output.finish_reason:
-                self._open.discard(index)
-                self._timers[index].done()
-            yield index, output
+            news.clear()
+            found = False
+            for index in tuple(self._open):
+                if index in self._open and (output := self._take(index, (loop, news.set))):
+                    found = True
+                    yield index, output
+            if not found:
+                await news.wait()
 
-    async def _read(self, index: int, handle: RequestHandle) -> None:
+    def _take(self, index: int, wake: Wake) -> RequestOutput | None:
         try:
-            async for output in handle:
-                self._queue.put_nowait((index, output))
+            output, _ = self._handles[index].take(wake)
         except EngineError as error:
-            self._queue.put_nowait((index, error))
+            raise unavailable(f"{error}.") from None
+        if output is None:
+            return None
+        if output.finish_reason == "abort":
+            raise unavailable("The engine ended the request: the server is shutting down.")
+        if (grammar := self._grammars[index]) and grammar.error:
+            raise bad_request(f"The schema became too complex to enforce: {grammar.error}.", code="invalid_json_schema")
+        self._timers[index].tokens(len(output.token_ids))
+        if output.finish_reason:
+            self._open.discard(index)
+            self._timers[index].done()
+        return output
 
 
 @dataclass

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gptoss_compile.runtime.api.errors import ApiError, bad_request
 from gptoss_compile.runtime.api.options import ServerOptions
 
+COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # made once: json.dumps would make one a token
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
@@ -109,7 +110,7 @@ async def _disconnected(receive: Receive) -> None:
 
 def event(data: dict[str, Any] | str, name: str | None = None) -> bytes:
     """One server-sent event. Lines end in a bare newline: some clients fail silently on anything else."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = data if isinstance(data, str) else COMPACT.encode(data)
     return (f"event: {name}\ndata: {text}\n\n" if name else f"data: {text}\n\n").encode()
 
 

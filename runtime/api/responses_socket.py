@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from gptoss_compile.runtime.api.errors import ApiError, bad_request
 from gptoss_compile.runtime.api.generation import Context
-from gptoss_compile.runtime.api.http import parse
+from gptoss_compile.runtime.api.http import COMPACT, parse
 from gptoss_compile.runtime.api.responses_run import ResponseRun
 from gptoss_compile.runtime.api.responses_schema import ResponseBody
 from gptoss_compile.runtime.api.responses_store import Record
@@ -85,4 +84,4 @@ class _Conversation:
             self._last = record
 
     async def _send(self, message: dict[str, Any]) -> None:
-        await self._websocket.send_text(json.dumps(message, ensure_ascii=False, separators=(",", ":")))
+        await self._websocket.send_text(COMPACT.encode(message))
