@@ -39,8 +39,9 @@ from gptoss_compile.verify import verify
 
 PAGE_SIZE = 16  # tokens a page of the KV cache
 EXCHANGE_TARGETS = ("sm90",)  # GPUs with kernels for what ranks exchange
-GPU_BUCKETS = (*(Bucket.decode(b) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256)), Bucket.extend(512, 64),
-               Bucket.extend(2048, 256))  # the largest has room for all that generate, and a prompt beside them
+# The largest prompt step has room for 255 sequences that generate, and a prompt beside them.
+GPU_BUCKETS = (*(Bucket.decode(b) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256)),
+               Bucket.extend(512, 64), Bucket.extend(1024, 64), Bucket.extend(2048, 256))
 CPU_BUCKETS = (Bucket.decode(1), Bucket.decode(8), Bucket.extend(64, 9, 16), Bucket.extend(256, 1, 16))
 
 
