@@ -6,8 +6,6 @@ import gzip
 import importlib.util
 import random
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from scripted import Script, ScriptedEngine
+from served import Running, asgi_client
 
 from gptoss_compile.runtime import server
 from gptoss_compile.runtime.api.app import build_app
@@ -72,11 +71,6 @@ def client(engine: ScriptedEngine, tokenizer: Tokenizer, options: ServerOptions)
     return asgi_client(build_app(engine, tokenizer, options))
 
 
-def asgi_client(app: object) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)  # type: ignore[arg-type]
-    return httpx.AsyncClient(transport=transport, base_url="http://test")
-
-
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     (tmp_path / "deep").mkdir()
@@ -84,32 +78,6 @@ def corpus(tmp_path: Path) -> Path:
     (tmp_path / "deep" / "owl.md").write_text("# Owls\n\nAn owl hunts at night, silently.\n")
     (tmp_path / "skipped.bin").write_bytes(b"owl")
     return tmp_path
-
-
-class Running:
-    """A server in a thread; `ended` holds what ended it."""
-
-    def __init__(self, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
-        listener = server._listen("127.0.0.1", 0)
-        self.url = server._url(listener)
-        self.servers: list[server._Server] = []
-        self.ended: list[BaseException | None] = []
-
-        def run() -> None:
-            try:
-                server.run(engine, tokenizer, ServerOptions(api_keys=("key",)), listener)
-                self.ended.append(None)
-            except BaseException as error:
-                self.ended.append(error)
-
-        self.thread = threading.Thread(target=run, daemon=True)
-        self.thread.start()
-        while True:
-            try:
-                if httpx.get(self.url + "/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.01)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Running
 from scripted import Script
+from served import Running
 
 from gptoss_compile.runtime.api import protocol
 from gptoss_compile.runtime.api.schema_text import SHOWN, Room

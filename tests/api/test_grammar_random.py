@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import httpx
 import pytest
-from conftest import asgi_client
 from openai import AsyncOpenAI, LengthFinishReasonError
 from pydantic import BaseModel, ValidationError
 from random_schemas import NoiseExecutor, random_schema
 from scripted import VOCAB
+from served import asgi_client
 from structured import CHAT, RESPONSES, USER, WEATHER, chat, formatted, tool, valid
 
 from gptoss_compile.artifact import Artifact

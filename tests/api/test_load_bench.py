@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Running
 from scripted import ScriptedEngine
+from served import Running
 
 BENCH = Path(__file__).parents[2] / "bench" / "serving.py"
 

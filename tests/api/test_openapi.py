@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import asgi_client
 from scripted import Script, ScriptedEngine
+from served import asgi_client
 
 from gptoss_compile.runtime.api import logs
 from gptoss_compile.runtime.api.app import build_app

@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import asgi_client
 from scripted import Script, ScriptedEngine
+from served import asgi_client
 from test_chat import ANSWER, CALL
 from test_http import error_of
 

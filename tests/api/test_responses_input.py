@@ -6,8 +6,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import asgi_client
 from scripted import Script, ScriptedEngine
+from served import asgi_client
 from server_tools import MCP, WEB, Station, final, prompt
 from server_tools import call as server_call
 from test_http import error_of

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import Running
 from scripted import Script, ScriptedEngine
+from served import Running
 
 from gptoss_compile.runtime import server
 

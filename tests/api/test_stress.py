@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Running
 from scripted import Script, ScriptedEngine
+from served import Running
 
 from gptoss_compile.runtime.api.app import build_app
 from gptoss_compile.runtime.api.options import ServerOptions

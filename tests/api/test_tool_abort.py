@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import asgi_client
 from scripted import Script, ScriptedEngine
+from served import asgi_client
 from server_tools import MCP, PY, SANDBOX, URL, WEB, Station, call, children, needs_sandbox
 from test_stress import idle, scope_of
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import asgi_client
 from scripted import Script, ScriptedEngine
+from served import asgi_client
 from server_tools import MCP, NO_SANDBOX, PY, SANDBOX, THOUGHT, URL, WEB, Station, ask, call, final, needs_sandbox, prompt
 from test_http import error_of
 from test_responses import TOOL

@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import asgi_client
 from scripted import Script, ScriptedEngine
+from served import asgi_client
 from server_tools import ask, call, final
 
 from gptoss_compile.runtime import server
