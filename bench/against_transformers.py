@@ -134,7 +134,7 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int, devi
     from gptoss_compile.kernels.generate import generated
     from gptoss_compile.random_weights import device_parameters
 
-    known = device_parameters(name, shape, dtype, seed)  # type: ignore[arg-type]
+    known = device_parameters(name, shape, dtype, seed)
     row = torch.from_numpy(known.row(0)).to(device)
     pieces = [generated(row, at, min(at + PIECE, known.counters)) for at in range(0, known.counters, PIECE)]
     flat = torch.cat(pieces).view(torch.uint8 if dtype == "u8" else torch.bfloat16)

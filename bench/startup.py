@@ -131,7 +131,7 @@ def weight_start(weight: Weight, tensors: Mapping[str, TensorInfo], seed: int, r
         return constant({"dtype": weight.dtype, "shape": [min(rows, weight.shape[0]), *weight.shape[1:]]})
     shape = tensors[weight.parts[0]].shape
     first, last, inner = cut_rows(shape, vars(weight.cuts[0]) if weight.cuts else None)
-    values = random_values(weight.parts[0], shape, weight.dtype, seed, first, min(last, first + rows))  # type: ignore[arg-type]
+    values = random_values(weight.parts[0], shape, weight.dtype, seed, first, min(last, first + rows))
     return values[inner]
 
 

@@ -132,7 +132,9 @@ def _parts(node: fx.Node) -> tuple[str, ...]:
 
 def _call(node: fx.Node, names: dict[fx.Node, str]) -> str:
     if node.target is operator.getitem:
-        return f"{names[node.args[0]]}[{node.args[1]}]"  # type: ignore[index]
+        source, at = node.args
+        assert isinstance(source, fx.Node)
+        return f"{names[source]}[{at}]"
     arguments = [_show(a, names) for a in node.args] + [f"{k}={_show(v, names)}" for k, v in node.kwargs.items()]
     return f"ops.{node.target}({', '.join(arguments)})"
 

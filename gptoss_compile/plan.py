@@ -35,7 +35,7 @@ def tensor_operands(operands: Mapping[str, Any]) -> dict[str, KernelOperand]:
 
 
 def _spec(value: Tensor) -> TensorSpec:
-    return TensorSpec(tuple(value.shape), DTYPE_NAMES[value.dtype])  # type: ignore[arg-type]
+    return TensorSpec(tuple(value.shape), DTYPE_NAMES[value.dtype])
 
 
 BinaryOf = Callable[[Launch], str]

@@ -24,7 +24,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -36,16 +36,16 @@ PARAMETERS = 12  # words of the kernel's `parameters`
 _WORDS = 1 << 16  # at a time, so that intermediate results stay in the processor's cache
 
 
-def random_values(name: str, shape: Sequence[int], dtype: Literal["bf16", "fp32", "u8"], seed: int,
+def random_values(name: str, shape: Sequence[int], dtype: str, seed: int,
                   start: int = 0, stop: int | None = None) -> Array:
     """Rows start..stop (of axis 0) of the random tensor with this logical name and full shape.
 
-    bf16 comes as uint16 bits; fp32 holds the same values, widened.
+    bf16 comes as uint16 bits; fp32 holds the same values, widened. Raises ValueError for other dtypes than these and u8.
     """
     row = math.prod(shape[1:])
     stop = shape[0] if stop is None else stop
     first, count = start * row, (stop - start) * row
-    per_word = 4 if dtype == "u8" else 2
+    per_word = _per_word(dtype)
     skip = first % per_word
     out = np.empty(count + skip, np.uint8 if dtype == "u8" else np.uint16)
     for at in range(0, len(out), _WORDS * per_word):
@@ -86,11 +86,11 @@ class DeviceParameters:
         return np.array(values, np.int64).astype(np.uint32).view(np.int32)
 
 
-def device_parameters(name: str, shape: Sequence[int], dtype: Literal["bf16", "fp32", "u8"], seed: int,
+def device_parameters(name: str, shape: Sequence[int], dtype: str, seed: int,
                       cut: Cut | None = None) -> DeviceParameters:
     """How a device makes `random_values(name, shape, dtype, seed)`, or a part of it; see `kernels/generate.py`."""
     key0, key1 = (int(k) for k in _key(name, seed))
-    per_word, count = 4 if dtype == "u8" else 2, math.prod(shape)
+    per_word, count = _per_word(dtype), math.prod(shape)
     width = stride = offset = 0
     single = False
     if cut:
@@ -108,6 +108,13 @@ def device_parameters(name: str, shape: Sequence[int], dtype: Literal["bf16", "f
         a, scale = _distribution(name, shape)
         mode, b = BF16 if dtype == "bf16" else FP32, int(np.float32(scale).view(np.uint32))
     return DeviceParameters(key0, key1, counters, mode, a, b, width, stride, offset, single)
+
+
+def _per_word(dtype: str) -> int:
+    """How many values a word of the counter makes."""
+    if dtype not in ("bf16", "fp32", "u8"):
+        raise ValueError(f"random weights are bf16, fp32 or u8, not {dtype}")
+    return 4 if dtype == "u8" else 2
 
 
 def round_bf16(values: Array) -> Array:

@@ -15,11 +15,13 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from gptoss_compile.config import Bucket, ModelConfig
+from gptoss_compile.kernels.spec import DType
 from gptoss_compile.launch_plan import Weight
 from gptoss_compile.model import Model
 
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+DTYPE_NAMES: dict[torch.dtype, DType] = {
+    torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _NOISE = {torch.ops.aten._assert_tensor_metadata.default}
 
 

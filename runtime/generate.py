@@ -55,7 +55,7 @@ def generate_weights(artifact: Artifact, rank: int, device: Device, places: Mapp
             shape = tensors[part].shape
             assert start % WORD == 0, f"{part} does not start at a word of {recipe['name']}"
             taken = Cut(**cut) if cut else None
-            parameters = device_parameters(part, shape, dtype, seed, taken)  # type: ignore[arg-type]
+            parameters = device_parameters(part, shape, dtype, seed, taken)
             jobs.append((part, parameters, places[recipe["name"]], start))
             start += math.prod(taken.shape(shape) if taken else shape) * ITEM_BYTES[dtype]
         total += start

@@ -139,10 +139,10 @@ class Scheduler:
         """The next step, of at least one token; None if there is nothing to do before a step in flight is committed."""
         self._admit()
         while True:
-            picked, bucket = self._pick()
+            picked, mix = self._pick()
             if not picked:
                 return None
-            if chunks := self._plan(picked, bucket):
+            if chunks := self._plan(picked, mix):
                 self._read_last = any(chunk.sequence.pending > 1 for chunk in chunks)
                 return Step(self._cheapest(chunks), tuple(chunks))
             # All that were picked gave up their pages to sequences that were not; those are picked next.
@@ -212,20 +212,20 @@ class Scheduler:
 
     # Planning a step ----------------------------------------------------------------------------------------
 
-    def _plan(self, picked: Sequence[Running], bucket: Bucket | None) -> list[Chunk]:
-        """Chunks of the picked sequences, in rank order, their pages allocated; of one token each without a bucket to fill.
+    def _plan(self, picked: Sequence[Running], mix: Mix | None) -> list[Chunk]:
+        """Chunks of the picked sequences, in rank order, their pages allocated; of one token each in a step without prompts.
         May preempt; may be empty."""
         spare_tokens = spare_rows = slots = 0  # beyond one token and row for each generating sequence
-        if bucket:
-            decodes = sum(r.pending == 1 for r in picked)
-            spare_tokens = self._room(bucket) - decodes
-            slots = self._places(bucket) - decodes
-            spare_rows = bucket.rows - min(self._places(bucket), len(picked))
+        if mix:
+            places = self._places(mix.bucket)
+            spare_tokens = self._room(mix.bucket) - mix.decodes
+            slots = places - mix.decodes
+            spare_rows = mix.bucket.rows - min(places, len(picked))
         chunks: list[Chunk] = []
         for running in picked:
             if running.request not in self._running:
                 continue  # preempted for a higher-ranked one
-            wanted = running.pending if bucket else 1
+            wanted = running.pending if mix else 1
             if wanted > 1:
                 if not (slots and spare_tokens):
                     continue
@@ -236,15 +236,15 @@ class Scheduler:
             if end > running.computed:
                 chunk = _chunk(running, end)
                 chunks.append(chunk)
-                if bucket:
+                if mix:
                     spare_rows -= max(0, chunk.rows - 1)
                     if running.pending > 1:
                         slots -= 1
                         spare_tokens -= chunk.tokens
         return chunks
 
-    def _pick(self) -> tuple[list[Running], Bucket | None]:
-        """The sequences to serve, in rank order, and, if prompts are among them, the bucket that they are to fill."""
+    def _pick(self) -> tuple[list[Running], Mix | None]:
+        """The sequences to serve, in rank order, and, if prompts are among them, the step that they are to fill."""
         prompts: list[Running] = []
         decodes: list[Running] = []
         for running in self._running.values():
@@ -252,7 +252,7 @@ class Scheduler:
                 (prompts if pending > 1 else decodes).append(running)
         mix = self._fullest(prompts, len(decodes)) if prompts else None
         if mix and (mix.decodes == len(decodes) or not self._read_last):
-            return _ranked(prompts + decodes[: mix.decodes]), mix.bucket
+            return _ranked(prompts + decodes[: mix.decodes]), mix
         return _ranked(decodes[: self._decode_limit]), None
 
     def _fullest(self, prompts: Sequence[Running], decodes: int) -> Mix:

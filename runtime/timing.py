@@ -86,7 +86,7 @@ def fill_caches(executor: CudaExecutor, artifact: Artifact) -> None:
             jobs = []
             for at in range(0, shape.bytes, PIECE):
                 count = min(PIECE, shape.bytes - at) // shape.item_bytes
-                parameters = device_parameters(f"{cache.key}.{at}.sinks", (count,), cache.dtype, 0)  # type: ignore[arg-type]
+                parameters = device_parameters(f"{cache.key}.{at}.sinks", (count,), cache.dtype, 0)
                 jobs.append((str(cache.key), parameters, rank.address(bucket, cache) + at, 0))
             generator.run(jobs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -106,7 +106,7 @@ class Chat:
         }
         return whole | ({"prompt_token_ids": self.prompt} if self.body.return_token_ids else {})
 
-    async def events(self, answers: Answers) -> AsyncIterator[bytes]:
+    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         """The answer as a stream. An error after its start is an event, as the official clients expect."""
         async with answers:
             first = {"prompt_token_ids": self.prompt} if self.body.return_token_ids else {}

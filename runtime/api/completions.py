@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -123,7 +123,7 @@ class Completion:
                 chunks[index].append(self._advance(answers, index, output))
         return {**self.head, "choices": [_joined(parts) for parts in chunks], "usage": self.usage.chat()}
 
-    async def events(self, answers: Answers) -> AsyncIterator[bytes]:
+    async def events(self, answers: Answers) -> AsyncGenerator[bytes, None]:
         """The answer as a stream. An error after its start is an event, as the official clients expect."""
         async with answers:
             try:

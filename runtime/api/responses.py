@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -113,7 +113,7 @@ def _record(request: Request) -> Record:
     return record
 
 
-async def _events(record: Record, *, start: int = 0, cancel: bool = False) -> AsyncIterator[bytes]:
+async def _events(record: Record, *, start: int = 0, cancel: bool = False) -> AsyncGenerator[bytes, None]:
     """The record's events as server-sent ones. cancel: the response ends with the stream, if that is closed early."""
     try:
         async for each in record.follow(start):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from gptoss_compile.checkpoint import Checkpoint
 from gptoss_compile.config import ModelConfig
-from gptoss_compile.random_weights import random_values, round_bf16, widen_bf16
+from gptoss_compile.random_weights import device_parameters, random_values, round_bf16, widen_bf16
 
 
 def word(name: str, seed: int, counter: int) -> int:
@@ -46,6 +47,12 @@ def test_matches_the_specification(seed: int) -> None:
             half -= 0x10000 if half >= 0x8000 else 0
             value = np.float32(half + offset) * np.float32(scale)
             assert dense[name][i] == torch.tensor(value).to(torch.bfloat16).float().item(), name
+
+
+@pytest.mark.parametrize("make", [random_values, device_parameters])
+def test_other_dtypes_are_refused(make: Callable[..., object]) -> None:
+    with pytest.raises(ValueError, match="random weights are bf16, fp32 or u8, not i32"):
+        make("layers.0.o.weight", (4, 4), "i32", 0)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "u8"])
